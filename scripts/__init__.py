@@ -1,0 +1,1 @@
+"""Helpers around the six scripts: numbered shell recipes, the demo cohort, presets."""
