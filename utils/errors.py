@@ -5,6 +5,7 @@ A message is one line for a person: what, which slide, what was expected, what t
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from types import FrameType
 EXIT_OK = 0  # everything done, or done before
 EXIT_REFUSED = 2  # refused before any work
 EXIT_FAILED = 3  # finished, some items failed: each is in the report with its reason
+
+# What a disk or network can do to any script, as against a file we forgot to check
+_SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 class MilwrightError(Exception):
@@ -57,6 +61,13 @@ def run_script(main: Callable[[], int]) -> int:
         return EXIT_REFUSED
     except ItemFailed as error:
         print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            raise
+        from utils.parallel import describe_os_error
+
+        print(f"failed: {describe_os_error(error)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept, run the same command again to go on",

@@ -90,7 +90,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
-class _Help(argparse.HelpFormatter):
+class _Help(argparse.RawDescriptionHelpFormatter):  # a docstring keeps its command lines
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=100)
 
@@ -98,7 +98,8 @@ class _Help(argparse.HelpFormatter):
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
     about = item.metadata
     default = None if item.default is _MISSING else item.default
-    text = about["help"] + ("" if default in (None, False, True, ()) else f" (default: {default})")
+    silent = default in (None, ()) or isinstance(default, bool)
+    text = about["help"] + ("" if silent else f" (default: {default})")
     names = [f"--{item.name}", *about["aliases"]]
     common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS,
                               "help": text.replace("%", "%%")}
@@ -218,7 +219,7 @@ def convert(value: Any, hint: Any, *, where: str) -> Any:
         return None
     try:
         return _convert(value, inner)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
         name = getattr(inner, "__name__", str(inner))
         if get_origin(inner) is Literal:
             name = "one of " + ", ".join(map(str, get_args(inner)))

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -32,13 +33,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
-RECORD_STATUS = "milwright_status"
-RECORD_SCHEMA = "milwright_schema"
-RECORD_VERSION = "milwright_version"
-RECORD_PARAMETERS = "milwright_parameters"  # json
+RECORD_STATUS, RECORD_SCHEMA = "milwright_status", "milwright_schema"
+RECORD_VERSION, RECORD_PARAMETERS = "milwright_version", "milwright_parameters"  # json
 RECORD_DIGEST = "milwright_digest"  # sha256 over names, dtypes, shapes and bytes of the arrays
-
-_TEMP_PREFIX = ".mw-tmp-"
+_TEMP_PREFIX = ".mw-tmp-"  # then host, process and a random part, each ended by "~"
 _TEMP_MAX_AGE_S = 24 * 3600
 
 
@@ -74,7 +72,7 @@ def writable_folder(path: Path, *, what: str) -> Path:
     """Create the folder if need be and prove that it can be written, or ``Refused``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=_TEMP_PREFIX):
+        with tempfile.NamedTemporaryFile(dir=path, prefix=_temp_prefix()):
             pass
     except OSError as error:
         raise Refused(f"{what} {path} cannot be written ({error.strerror}): "
@@ -84,14 +82,33 @@ def writable_folder(path: Path, *, what: str) -> Path:
 
 
 def sweep_temporaries(folder: Path) -> int:
-    """Remove our temporaries older than a day in ``folder``; returns how many."""
+    """Remove our temporaries in ``folder`` that are a day old or whose process on this host is
+    dead; returns how many."""
     swept = 0
     for path in folder.glob(_TEMP_PREFIX + "*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _TEMP_MAX_AGE_S:
+            if _is_orphan(path) or time.time() - path.stat().st_mtime > _TEMP_MAX_AGE_S:
                 path.unlink()
                 swept += 1
     return swept
+
+
+def _temp_prefix() -> str:
+    return f"{_TEMP_PREFIX}{platform.node()}~{os.getpid()}~"
+
+
+def _is_orphan(temp: Path) -> bool:
+    host, _, rest = temp.name.removeprefix(_TEMP_PREFIX).partition("~")
+    number = rest.partition("~")[0]
+    if host != platform.node() or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # alive, but not ours
+        return False
+    return False
 
 
 # ---------------------------------------------------------------------------- atomic writing
@@ -103,7 +120,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises OSError with the target's name (no space, read-only, folder gone).
     """
     path = Path(path)
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=_TEMP_PREFIX)
+    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix())
     try:
         with os.fdopen(handle, "wb") as file:
             fault_point("storage.open")
@@ -180,8 +197,8 @@ def read_json(path: Path) -> Any:
         raise BrokenFile(f"{path} is not readable json ({error})") from None
 
 
-def write_image(path: Path, rgb: np.ndarray, *, quality: int = 95) -> None:
-    """An RGB or grey uint8 image (H, W[, 3]) as the suffix says (.jpg, .png).
+def write_image(path: Path, rgb: np.ndarray, *, quality: int = 95) -> Path:
+    """An RGB or grey uint8 image (H, W[, 3]) as the suffix says (.jpg, .png); returns its path.
 
     JPEG cannot hold a side above 65,500 px: such an image is written as PNG beside it.
     """
@@ -191,10 +208,12 @@ def write_image(path: Path, rgb: np.ndarray, *, quality: int = 95) -> None:
     if path.suffix.lower() in (".jpg", ".jpeg") and max(rgb.shape[:2]) > 65_500:
         path = path.with_suffix(".png")
     bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR) if rgb.ndim == 3 else rgb
-    done, data = cv2.imencode(path.suffix, bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    settings = [] if path.suffix.lower() == ".png" else [cv2.IMWRITE_JPEG_QUALITY, quality]
+    done, data = cv2.imencode(path.suffix, bgr, settings)
     if not done:
         raise OSError(f"{path}: the image could not be encoded")
     write_bytes(path, data.tobytes())
+    return path
 
 
 # ---------------------------------------------------------------------------- tables
@@ -229,6 +248,9 @@ def read_table(path: Path, *, what: str = "table", index_col: int | None = None)
     except (ValueError, pd.errors.ParserError) as error:
         first = str(error).splitlines()[0]
         raise Refused(f"{what} {path} is not a csv table ({first})") from None
+    if index_col is None and not isinstance(table.index, pd.RangeIndex):  # pandas shifts them
+        raise Refused(f"{what} {path} has rows with more cells than its header: quote cells that "
+                      "hold the separator")
     table.columns = [str(name).strip() for name in table.columns]
     return table
 
@@ -346,9 +368,8 @@ def h5_state(path: Path, parameters: Mapping[str, Any], *, verify: bool = True) 
         found = read_h5(path, verify=verify).parameters
     except BrokenFile:
         return State.BROKEN
-    if found is None:
-        return State.FOREIGN
-    return State.DONE if canonical(found) == canonical(parameters) else State.OTHER
+    same = found is not None and canonical(found) == canonical(parameters)
+    return State.FOREIGN if found is None else State.DONE if same else State.OTHER
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

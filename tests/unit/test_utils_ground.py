@@ -44,7 +44,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["patches"] for row in rows] == ["3", "", ""]
     assert rows[1]["item"] == "'=b"  # no spreadsheet formula
     record = json.loads((tmp_path / "report_patches.json").read_text())
-    assert record["counts"] == {"done": 1, "failed": 1, "empty": 1} and record["options"] == {"x": 1}
+    assert record["counts"] == {"done": 1, "failed": 1, "empty": 1}
+    assert record["options"] == {"x": 1}
     report.print_summary(tmp_path)
     out = capsys.readouterr().out
     assert "1 failed" in out and "no such file" in out and "no tissue" in out

@@ -1,0 +1,129 @@
+"""Bags for the training loop: features of a table's slides, kept in memory when they fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+
+from datasets.features import FeatureStore, SlideInfo, StoreCheck
+from datasets.table import SlideTable
+from utils.contracts import Bag
+from utils.errors import ItemFailed
+
+__all__ = ["BagDataset", "CacheMode", "FeatureStore", "SlideInfo", "StoreCheck",
+           "available_memory_bytes"]
+
+CacheMode = Literal["auto", "ram", "none"]
+_MEMORY_SHARE = 0.5  # of what is free now; the rest is for the model and for everybody else
+
+
+def available_memory_bytes() -> int:
+    """Memory this process could take now: what the machine, and its container, have left."""
+    left = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        left.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        group = Path("/sys/fs/cgroup")
+        if (group / limit).exists() and (group / limit).read_text().strip() != "max":
+            left.append(int((group / limit).read_text()) - int((group / used).read_text()))
+    if not left:
+        left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(left))
+
+
+class BagDataset(Sequence[Bag]):
+    """Bags of the slides of a table, in its order.
+
+    cache: "ram" keeps every bag that was read, "none" reads anew each time, "auto" keeps them when
+    all fit in half of the free memory, shared by ``processes`` that do the same (folds, ranks).
+    pin: page-locked memory for kept bags, for fast copies to a GPU. ``subset`` shares the cache,
+    so one data set over all slides serves every fold.
+    """
+
+    def __init__(self, table: SlideTable, store: FeatureStore, *, cache: CacheMode = "auto",
+                 n_bytes: int | None = None, processes: int = 1, pin: bool = False,
+                 embed_dim: int | None = None) -> None:
+        self.table = table
+        self.store = store
+        self.embed_dim = embed_dim
+        self.pin = pin
+        if cache == "auto":
+            budget = _MEMORY_SHARE * available_memory_bytes() / max(1, processes)
+            size = self._measure() if n_bytes is None else n_bytes
+            cache = "ram" if size <= budget else "none"
+        self.keeps = cache == "ram"
+        self._kept: dict[str, Bag] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """What travels to a worker process: everything but the bags kept here."""
+        return {**self.__dict__, "_kept": {}}
+
+    def _measure(self) -> int:
+        infos = [self.store.info(slide_id) for slide_id in self.table.slide_ids]
+        return sum(4 * info.rows * info.width for info in infos)
+
+    @property
+    def slide_ids(self) -> tuple[str, ...]:
+        """Slide ids in order."""
+        return self.table.slide_ids
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 class indices."""
+        return self.table.labels
+
+    def subset(self, slide_ids: Iterable[str]) -> BagDataset:
+        """The bags of these slides, sharing what is kept in memory."""
+        part = BagDataset(self.table.subset(slide_ids), self.store, cache="none", pin=self.pin,
+                          embed_dim=self.embed_dim)
+        part.keeps, part._kept = self.keeps, self._kept
+        return part
+
+    def verify(self) -> dict[str, str]:
+        """Read every bag once (keeping it, if bags are kept); slide -> reason for the bad ones."""
+        failures = {}
+        for row, slide_id in enumerate(self.slide_ids):
+            try:
+                self[row]
+            except ItemFailed as error:
+                failures[slide_id] = str(error)
+        return failures
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Bag: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Bag]: ...
+
+    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
+        """The bag of a row; ``ItemFailed`` (``BrokenFile``) when it cannot be used."""
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        slide_id = self.slide_ids[index]
+        bag = self._kept.get(slide_id)
+        if bag is None:
+            bag = self._read(slide_id)
+            if self.keeps:
+                self._kept[slide_id] = bag
+        return bag
+
+    def _read(self, slide_id: str) -> Bag:
+        features, coords = self.store.read(slide_id)
+        if len(features) == 0:
+            raise ItemFailed(f"{slide_id}: no patches, so there is nothing to learn from")
+        if self.embed_dim is not None and features.shape[1] != self.embed_dim:
+            raise ItemFailed(f"{slide_id}: features have width {features.shape[1]}, expected "
+                             f"{self.embed_dim}")
+        row = self.table.row_of[slide_id]
+        return Bag(slide_id=slide_id, features=features.pin_memory() if self.pin else features,
+                   coords=coords, label=int(self.table.labels[row]),
+                   case_id=self.table.case_ids[row])

@@ -1,0 +1,301 @@
+"""Features on disk: found, checked up front without reading them, read with every check once.
+
+A feature folder holds ``h5_files/<slide>.h5`` (``features`` (N, D), ``coords`` (N, 2)) and
+``pt_files/<slide>.pt`` (one (N, D) tensor), ours or CLAM's; the h5 is preferred because it carries
+coordinates, the encoder's record and, if ours, a checksum.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from datasets.table import SlideTable, listed
+from datasets.tasks import Task
+from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.storage import (
+    RECORD_PARAMETERS,
+    canonical,
+    differences,
+    inside,
+    load_torch,
+    read_h5,
+    safe_id,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SlideInfo(NamedTuple):
+    """Shape and origin of a slide's features; ``encoder`` is None for a foreign file."""
+
+    rows: int
+    width: int
+    encoder: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreCheck:
+    """What ``FeatureStore.check`` found. Slides keep their order.
+
+    usable: slides to work with; empty: no patches; missing: no file; failures: slide -> reason
+    width: D; encoder: the record that all share, None when unknown; n_bytes: as float32
+    notes: one line each for the run's summary
+    """
+
+    usable: tuple[str, ...]
+    empty: tuple[str, ...]
+    missing: tuple[str, ...]
+    failures: Mapping[str, str]
+    width: int
+    encoder: dict[str, Any] | None
+    n_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class FeatureStore:
+    """A feature folder. ``folders`` sends single slides elsewhere (cohorts kept apart)."""
+
+    root: Path
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    _sound: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def for_task(cls, data_root: Path, task: Task, table: SlideTable) -> FeatureStore:
+        """The store of a task: ``data_root/feature_dir``, or one folder for each source.
+
+        Raises ``Refused`` when a folder does not exist or a source has none.
+        """
+        root = inside(data_root, task.feature_dir)
+        folders = {}
+        if task.source_dirs:
+            sources = table.sources or ("",) * len(table)
+            unknown = sorted(set(sources) - set(task.source_dirs))
+            if unknown:
+                raise Refused(f"source_dirs of task '{task.name}' has no folder for the sources "
+                              f"{listed(unknown)} of {task.csv_path}: add them")
+            places = {source: inside(data_root, place)
+                      for source, place in task.source_dirs.items()}
+            folders = {slide_id: places[source]
+                       for slide_id, source in zip(table.slide_ids, sources, strict=True)}
+        for folder in sorted({*folders.values()} or {root}):
+            if not folder.is_dir():
+                raise Refused(f"feature folder {folder} does not exist: make it with "
+                              "extract_features_fp.py, or correct --data_root_dir")
+        return cls(root, folders)
+
+    def find(self, slide_id: str) -> Path:
+        """The slide's feature file, the h5 before the pt; ``BrokenFile`` when there is none."""
+        folder = self.folders.get(slide_id, self.root)
+        safe_id(slide_id)
+        for place, suffix in (("h5_files", ".h5"), ("pt_files", ".pt")):
+            path = folder / place / (slide_id + suffix)
+            if path.is_file():
+                return path
+        raise BrokenFile(f"{slide_id}: no features in {folder} (neither h5_files/{slide_id}.h5 nor "
+                         f"pt_files/{slide_id}.pt): run extract_features_fp.py")
+
+    def info(self, slide_id: str) -> SlideInfo:
+        """Rows, width and encoder without reading the features; ``BrokenFile`` if unreadable."""
+        path = self.find(slide_id)
+        return _h5_info(path) if path.suffix == ".h5" else _pt_info(path)
+
+    def read(self, slide_id: str) -> tuple[torch.Tensor, np.ndarray | None]:
+        """Features (N, D) float32 in memory, and coords (N, 2) int64 level-0 px or None.
+
+        The checksum (files of ours) and finiteness are checked the first time a file is read, and
+        again when it has changed since. Raises ``BrokenFile`` or ``ItemFailed`` naming the slide.
+        """
+        path = self.find(slide_id)
+        stamp = path.stat()
+        unseen = self._sound.get(path) != (stamp.st_mtime_ns, stamp.st_size)
+        features, coords = (_read_h5(path, verify=unseen) if path.suffix == ".h5"
+                            else (_read_pt(path), None))
+        if unseen:
+            _check_finite(features, slide_id, path)
+            self._sound[path] = (stamp.st_mtime_ns, stamp.st_size)
+        return features, coords
+
+    def extra(self, slide_ids: Iterable[str]) -> list[str]:
+        """Slides with features that are not among ``slide_ids``, sorted."""
+        known = set(slide_ids)
+        found = {path.stem for folder in {self.root, *self.folders.values()}
+                 for path in (*folder.glob("h5_files/*.h5"), *folder.glob("pt_files/*.pt"))}
+        return sorted(found - known)
+
+    def check(self, slide_ids: Sequence[str], *, embed_dim: int | None = None,
+              allow_missing: bool = False,
+              table_ids: Iterable[str] | None = None) -> StoreCheck:
+        """Look at every slide's shapes before any work.
+
+        table_ids: ids of the whole table when ``slide_ids`` are a part; files beyond are noted.
+
+        Missing files are ``Refused`` unless ``allow_missing``; slides of another width than
+        ``embed_dim`` (None = that of the first slide), or made by different encoders, always.
+        Unreadable files and slides without patches are taken out and listed.
+        """
+        infos: dict[str, SlideInfo] = {}
+        missing, failures = [], {}
+        for slide_id in slide_ids:
+            try:
+                self.find(slide_id)
+            except BrokenFile:
+                missing.append(slide_id)
+                continue
+            try:
+                infos[slide_id] = self.info(slide_id)
+            except ItemFailed as error:
+                failures[slide_id] = str(error)
+        if missing and not allow_missing:
+            raise Refused(f"{len(missing)} of {len(slide_ids)} slides have no features in "
+                          f"{self.root}: {listed(missing)}; run extract_features_fp.py, or go on "
+                          "without them with --allow_missing")
+        usable = [slide_id for slide_id, info in infos.items() if info.rows > 0]
+        if not usable:
+            first = next(iter(failures.values()), "all are empty")
+            raise Refused(f"no slide has usable features in {self.root}: {first}")
+        width = _common_width({slide_id: infos[slide_id] for slide_id in usable}, embed_dim)
+        encoder = _common_encoder({slide_id: infos[slide_id] for slide_id in usable})
+        empty = [slide_id for slide_id, info in infos.items() if info.rows == 0]
+        return StoreCheck(
+            usable=tuple(usable), empty=tuple(empty), missing=tuple(missing), failures=failures,
+            width=width, encoder=encoder,
+            n_bytes=4 * width * sum(infos[slide_id].rows for slide_id in usable),
+            notes=_notes(self.root, empty, missing, self.extra(table_ids or slide_ids),
+                         infos))
+
+
+def _notes(root: Path, empty: Sequence[str], missing: Sequence[str], extra: Sequence[str],
+           infos: Mapping[str, SlideInfo]) -> tuple[str, ...]:
+    notes = []
+    if missing:
+        notes.append(f"{len(missing)} slides without features are left out: {listed(missing)}")
+    if empty:
+        notes.append(f"{len(empty)} slides without patches are left out: {listed(empty)}")
+    if extra:
+        notes.append(f"{len(extra)} feature files in {root} are not in the table: {listed(extra)}")
+    unknown = [slide_id for slide_id, info in infos.items() if info.encoder is None]
+    if unknown and len(unknown) < len(infos):
+        notes.append(f"{len(unknown)} feature files do not say which encoder made them: "
+                     f"{listed(unknown)}")
+    return tuple(notes)
+
+
+def _common_width(infos: Mapping[str, SlideInfo], embed_dim: int | None) -> int:
+    first, info = next(iter(infos.items()))
+    width = info.width if embed_dim is None else embed_dim
+    others = [slide_id for slide_id, info in infos.items() if info.width != width]
+    if others:
+        expected = f"as {first}" if embed_dim is None else "--embed_dim"
+        found = infos[others[0]].width
+        remedy = (f"give --embed_dim {found}" if len(others) == len(infos) else
+                  "extract all slides with one encoder")
+        raise Refused(f"{len(others)} slides have features of another width than {width} "
+                      f"({expected}): {listed(others)}; {others[0]} has {found}: {remedy}")
+    return width
+
+
+def _common_encoder(infos: Mapping[str, SlideInfo]) -> dict[str, Any] | None:
+    known = {slide_id: info.encoder for slide_id, info in infos.items() if info.encoder is not None}
+    if not known:
+        return None
+    first, record = next(iter(known.items()))
+    for slide_id, other in known.items():
+        if canonical(other) != canonical(record):
+            what = differences(other, record).replace("you ask", f"{first} has")
+            raise Refused(f"features of different encoders cannot be mixed ({slide_id}: {what}): "
+                          "extract all slides with one encoder")
+    return record
+
+
+# ---------------------------------------------------------------------------- the two formats
+
+def _h5_info(path: Path) -> SlideInfo:
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            shapes = {name: file[name].shape for name in file
+                      if isinstance(file[name], h5py.Dataset)}
+            parameters = file.attrs.get(RECORD_PARAMETERS)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise BrokenFile(f"{path} cannot be read ({error}): it is truncated, damaged or no h5 file"
+                         ) from None
+    rows, width = _checked_shapes(path, shapes)
+    return SlideInfo(rows, width, encoder_of(parameters))
+
+
+def encoder_of(parameters: str | None) -> dict[str, Any] | None:
+    """The encoder's record in the parameters of a feature file, or None."""
+    import json
+
+    record = None if parameters is None else json.loads(parameters).get("encoder")
+    return dict(record) if isinstance(record, dict) else None
+
+
+def _checked_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    if "features" not in shapes:
+        raise BrokenFile(f"{path} has no data set 'features' (found: {', '.join(shapes) or 'none'})"
+                         ": it is no feature file of extract_features_fp.py or CLAM")
+    shape = shapes["features"]
+    if len(shape) != 2:
+        raise BrokenFile(f"{path}: 'features' has the shape {shape}, expected (patches, width)")
+    if "coords" in shapes and shapes["coords"] != (shape[0], 2):
+        raise BrokenFile(f"{path}: {shape[0]} rows of features, but coords of shape "
+                         f"{shapes['coords']}: delete it and run extract_features_fp.py again")
+    return shape[0], shape[1]
+
+
+def _read_h5(path: Path, *, verify: bool) -> tuple[torch.Tensor, np.ndarray | None]:
+    import torch
+
+    arrays = read_h5(path, verify=verify).arrays
+    _checked_shapes(path, {name: array.shape for name, array in arrays.items()})
+    features = arrays["features"]
+    if features.dtype.kind != "f":
+        raise BrokenFile(f"{path}: 'features' holds {features.dtype}, expected real numbers")
+    coords = arrays.get("coords")
+    return (torch.from_numpy(features.astype(np.float32, copy=False)),
+            None if coords is None else coords.astype(np.int64))
+
+
+def _load_pt(path: Path) -> torch.Tensor:
+    import torch
+
+    value = load_torch(path, mmap=zipfile.is_zipfile(path))
+    if not isinstance(value, torch.Tensor):
+        raise BrokenFile(f"{path} holds a {type(value).__name__}, expected one tensor "
+                         "(patches, width)")
+    if value.ndim != 2 or not value.is_floating_point():
+        raise BrokenFile(f"{path} holds a tensor of {value.dtype}, shape {tuple(value.shape)}; "
+                         "expected real numbers (patches, width)")
+    return value
+
+
+def _pt_info(path: Path) -> SlideInfo:
+    rows, width = _load_pt(path).shape
+    return SlideInfo(rows, width, None)
+
+
+def _read_pt(path: Path) -> torch.Tensor:
+    import torch
+
+    return _load_pt(path).to(torch.float32, copy=True)  # a copy: the file may change under the map
+
+
+def _check_finite(features: torch.Tensor, slide_id: str, path: Path) -> None:
+    import torch
+
+    if torch.isfinite(features).all():
+        return
+    rows = torch.nonzero(~torch.isfinite(features).all(dim=1)).flatten()
+    raise ItemFailed(f"{slide_id}: row {int(rows[0])} of {path} is not finite (NaN or infinity; "
+                     f"{len(rows)} of {len(features)} rows): delete it and run "
+                     "extract_features_fp.py again")

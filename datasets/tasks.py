@@ -1,0 +1,126 @@
+"""What is to be predicted: a table, a label column, a map from label names to classes.
+
+Named tasks live in ``dataset_csv/tasks.yaml``; adding one needs no code. The same keys can be
+given on the command line, alone or over a named task.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.errors import Refused
+from utils.options import from_mapping, load_yaml
+from utils.storage import read_table, safe_id
+
+TASKS_FILE = Path("dataset_csv/tasks.yaml")
+Voting = Literal["max", "maj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One classification task over a table of slides.
+
+    label_dict: label name -> class index; several names may share a class
+    feature_dir: sub-folder of ``--data_root_dir`` with the features ("" = that folder itself)
+    source_dirs: value of the ``source`` column -> sub-folder, for cohorts kept apart
+    patient_voting: class of a patient with several slides: highest ("max") or most frequent ("maj")
+    filter_dict: column -> values to keep; ignore: label names whose rows are left out
+    subtyping_required: CLAM models must be trained with ``--subtyping``
+    """
+
+    name: str
+    csv_path: Path
+    label_dict: dict[str, int]
+    label_col: str = "label"
+    feature_dir: str = ""
+    source_dirs: dict[str, str] = field(default_factory=dict)
+    patient_voting: Voting = "max"
+    subtyping_required: bool = False
+    filter_dict: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def n_classes(self) -> int:
+        """Number of distinct classes."""
+        return len(set(self.label_dict.values()))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The first label name of each class, in class order."""
+        first: dict[int, str] = {}
+        for name, index in self.label_dict.items():
+            first.setdefault(index, name)
+        return tuple(first[index] for index in sorted(first))
+
+
+def load_task(
+    task: str | None,
+    *,
+    csv_path: Path | None = None,
+    label_col: str | None = None,
+    label_dict: Mapping[str, int] | None = None,
+    feature_dir: str | None = None,
+    patient_voting: Voting | None = None,
+    tasks_file: Path = TASKS_FILE,
+) -> Task:
+    """A task by name, by flags alone, or by name with flags over it.
+
+    ``csv_path`` of a tasks file is looked up from the current directory, then beside the file.
+    Raises ``Refused`` for an unknown task or key, a missing map, or a map that leaves out a class.
+    """
+    if task is None and csv_path is None:
+        raise Refused("give --task (a name in the tasks file), or --csv_path with --label_dict")
+    values = {} if task is None else _named(task, tasks_file)
+    flags: dict[str, Any] = {"csv_path": csv_path, "label_col": label_col, "label_dict": label_dict,
+                             "feature_dir": feature_dir, "patient_voting": patient_voting}
+    values.update({key: value for key, value in flags.items() if value is not None})
+    values.setdefault("name", Path(values["csv_path"]).stem if "csv_path" in values else task)
+    if "csv_path" not in values:
+        raise Refused(f"task '{task}' has no csv_path in {tasks_file}: add it or give --csv_path")
+    if "label_dict" not in values:
+        raise Refused(_ask_for_labels(values["csv_path"], values.get("label_col", "label")))
+    made = Task(**values)
+    return replace(made, label_dict=_checked_labels(made.label_dict, made.name))
+
+
+def _named(task: str, tasks_file: Path) -> dict[str, Any]:
+    known = load_yaml(tasks_file)
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise Refused(f"unknown task '{task}': {hint}{tasks_file} has {', '.join(known) or 'none'};"
+                      " add it there, or give --csv_path and --label_dict")
+    where = f"{tasks_file}: {task}"
+    if not isinstance(known[task], dict):
+        raise Refused(f"{where} is {known[task]!r}, expected 'key: value' lines below it")
+    if "name" in known[task]:
+        raise Refused(f"{where}: unknown key 'name', a task is called by the line above its keys")
+    values = from_mapping(Task, known[task], source=where)
+    values["name"] = safe_id(task, what="task name")
+    if "csv_path" in values and not values["csv_path"].exists():
+        beside = tasks_file.parent / values["csv_path"]
+        values["csv_path"] = beside if beside.exists() else values["csv_path"]
+    return values
+
+
+def _ask_for_labels(csv_path: Path, label_col: str) -> str:
+    table = read_table(csv_path, what="csv")
+    if label_col not in table.columns:
+        return (f"csv {csv_path} has no column '{label_col}' (found: {', '.join(table.columns)}): "
+                "give --label_col, and --label_dict as name:0,other:1")
+    found = sorted(set(table[label_col]))
+    example = ",".join(f"{name}:{index}" for index, name in enumerate(found[:5]))
+    return (f"--label_dict is required with --csv_path; column '{label_col}' holds "
+            f"{len(found)} labels: for example --label_dict {example}")
+
+
+def _checked_labels(label_dict: Mapping[str, int], name: str) -> dict[str, int]:
+    classes = sorted(set(label_dict.values()))
+    if len(classes) < 2 or classes != list(range(len(classes))):
+        raise Refused(f"label_dict of task '{name}' uses the classes {classes}: expected at least "
+                      "two, numbered 0, 1, 2 ... without a gap")
+    return dict(label_dict)

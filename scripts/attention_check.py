@@ -1,0 +1,62 @@
+"""Where the attention of trained models falls, against places known from elsewhere.
+
+Used by the demo (planted regions) and by ``benchmarks/colon.py`` (marked nuclei).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.storage import load_torch, read_json
+
+
+@dataclass(frozen=True)
+class SlideAttention:
+    """Attention of one slide by the model of the fold that tested it.
+
+    coords: (N, 2) level-0 px; weights: (N,) softmax of the predicted class's scores, sum 1.
+    """
+
+    slide_id: str
+    coords: np.ndarray
+    weights: np.ndarray
+    predicted: int
+
+
+def attention_of_fold(
+    run_folder: Path, feature_dir: Path, fold: int, slide_ids: list[str]
+) -> Iterator[SlideAttention]:
+    """Run fold ``fold``'s checkpoint on slides and yield their attention."""
+    import torch
+
+    from datasets.bags import FeatureStore
+    from models.slide_models import SlideModelSpec, build_slide_model
+    from utils.contracts import Bag
+
+    record = read_json(run_folder / f"s_{fold}_checkpoint.json")
+    model = build_slide_model(SlideModelSpec(**record["spec"]))
+    model.load_state_dict(load_torch(run_folder / f"s_{fold}_checkpoint.pt"))
+    model.eval()
+    store = FeatureStore(feature_dir)
+    for slide_id in slide_ids:
+        features, coords = store.read(slide_id)
+        with torch.inference_mode():
+            output = model(Bag(slide_id=slide_id, features=features, coords=coords))
+        scores = output.attention_of(output.predicted)
+        weights = scores.float().softmax(dim=0).numpy()
+        yield SlideAttention(slide_id, coords, weights, output.predicted)
+
+
+def share_inside_ellipse(
+    attention: SlideAttention, *, centre: tuple[float, float], radii: tuple[float, float],
+    patch_px_l0: int,
+) -> tuple[float, float]:
+    """(share of attention, share of patches) whose centre lies in an ellipse, level-0 px."""
+    middle = attention.coords + patch_px_l0 / 2
+    distance = (((middle - np.asarray(centre)) / np.asarray(radii)) ** 2).sum(axis=1)
+    inside = distance <= 1
+    return float(attention.weights[inside].sum()), float(inside.mean())
