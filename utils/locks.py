@@ -27,3 +27,10 @@ def claim(path: Path) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def sweep_locks(folder: Path) -> None:
+    """Remove locks in ``folder`` whose owners are provably dead; those of live ones stay."""
+    for path in folder.glob("*.lock"):
+        with claim(path.with_suffix("")):
+            pass

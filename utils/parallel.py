@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
 from utils.errors import ItemFailed, MilwrightError
@@ -71,7 +73,8 @@ def _run_pool(
     waiting = list(items)
     context = multiprocessing.get_context("spawn")
     while waiting:
-        pool = ProcessPoolExecutor(max_workers=workers, mp_context=context)
+        pool = ProcessPoolExecutor(
+            max_workers=workers, mp_context=context, initializer=_follow_parent)
         running: dict[Future[tuple[Result | None, str | None, float]], Item] = {}
         broken = False
         try:
@@ -96,6 +99,20 @@ def _run_pool(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """End this worker when its parent is gone: a killed run leaves nobody at work."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _timed(

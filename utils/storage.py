@@ -12,10 +12,9 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
-import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,6 +27,7 @@ import numpy as np
 from utils import __version__
 from utils.errors import BrokenFile, Refused
 from utils.faults import fault_point
+from utils.temporaries import sweep_temporaries, temp_prefix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +36,6 @@ SCHEMA_VERSION = 1
 RECORD_STATUS, RECORD_SCHEMA = "milwright_status", "milwright_schema"
 RECORD_VERSION, RECORD_PARAMETERS = "milwright_version", "milwright_parameters"  # json
 RECORD_DIGEST = "milwright_digest"  # sha256 over names, dtypes, shapes and bytes of the arrays
-_TEMP_PREFIX = ".mw-tmp-"  # then host, process and a random part, each ended by "~"
-_TEMP_MAX_AGE_S = 24 * 3600
 
 
 # ---------------------------------------------------------------------------- names and places
@@ -72,43 +70,13 @@ def writable_folder(path: Path, *, what: str) -> Path:
     """Create the folder if need be and prove that it can be written, or ``Refused``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=_temp_prefix()):
+        with tempfile.NamedTemporaryFile(dir=path, prefix=temp_prefix()):
             pass
     except OSError as error:
         raise Refused(f"{what} {path} cannot be written ({error.strerror}): "
                       "choose another folder or change its permissions") from None
     sweep_temporaries(path)
     return path
-
-
-def sweep_temporaries(folder: Path) -> int:
-    """Remove our temporaries in ``folder`` that are a day old or whose process on this host is
-    dead; returns how many."""
-    swept = 0
-    for path in folder.glob(_TEMP_PREFIX + "*"):
-        with contextlib.suppress(OSError):
-            if _is_orphan(path) or time.time() - path.stat().st_mtime > _TEMP_MAX_AGE_S:
-                path.unlink()
-                swept += 1
-    return swept
-
-
-def _temp_prefix() -> str:
-    return f"{_TEMP_PREFIX}{platform.node()}~{os.getpid()}~"
-
-
-def _is_orphan(temp: Path) -> bool:
-    host, _, rest = temp.name.removeprefix(_TEMP_PREFIX).partition("~")
-    number = rest.partition("~")[0]
-    if host != platform.node() or not number.isdigit():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # alive, but not ours
-        return False
-    return False
 
 
 # ---------------------------------------------------------------------------- atomic writing
@@ -120,7 +88,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises OSError with the target's name (no space, read-only, folder gone).
     """
     path = Path(path)
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix())
+    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=temp_prefix())
     try:
         with os.fdopen(handle, "wb") as file:
             fault_point("storage.open")
@@ -397,6 +365,7 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
 
     import torch
 
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused below anyway
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:

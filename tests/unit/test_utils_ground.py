@@ -136,3 +136,31 @@ def test_exit_codes(main, code: int, text: str,  # type: ignore[no-untyped-def]
     finally:
         signal.signal(signal.SIGTERM, before)
     assert text in capsys.readouterr().err
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    code = (f"from pathlib import Path; from tests.unit.test_utils_ground import linger\n"
+            "from utils.parallel import run_items\n"
+            f"if __name__ == '__main__': list(run_items(linger, [{str(pids)!r}], workers=1))")
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)], cwd=ROOT,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = int(pids.read_text())
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
+        if ") Z " in Path(f"/proc/{worker}/stat").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
+
+
+def linger(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(120)

@@ -1,0 +1,1 @@
+"""Patch encoders and slide models: ``nn.Module`` only, no files, no csv, no slides."""

@@ -1,0 +1,114 @@
+"""One slide's work: how it stands before, what the record holds, and how it ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.errors import ItemFailed, Refused
+from utils.report import Status
+from wsi_core.patching import (
+    Left,
+    PatchJob,
+    PatchPlan,
+    automatic_level,
+    find_standing,
+    h5_path,
+    list_slides,
+    patch_slide,
+)
+from wsi_core.presets import PatchingParameters
+from wsi_core.slide import open_slide
+
+PARAMETERS = PatchingParameters(a_t=1, a_h=1)
+
+
+@pytest.fixture
+def job(slide_folder: Path) -> PatchJob:
+    return PatchJob(slide_path=slide_folder / "slide_0.tif", parameters=PARAMETERS)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> PatchPlan:
+    for name in ("patches", "masks", "stitches"):
+        (tmp_path / name).mkdir()
+    return PatchPlan(save_dir=tmp_path)
+
+
+def test_standing_before_and_after(job: PatchJob, plan: PatchPlan) -> None:
+    assert find_standing(job, plan).left is Left.EVERYTHING
+    assert find_standing(job, replace(plan, segment=False, make_patches=False, make_stitch=True)
+                         ).left is Left.STITCH
+    result = patch_slide(job, plan=plan)
+    assert result.status is Status.DONE
+    standing = find_standing(job, plan)
+    assert standing.left is Left.NOTHING
+    assert standing.cells == {name: result.cells[name] for name in ("n_patches", "n_contours")}
+    assert find_standing(job, replace(plan, make_stitch=True)).left is Left.STITCH
+    assert find_standing(job, replace(plan, redo=True)).left is Left.EVERYTHING
+    assert patch_slide(job, plan=plan).status is Status.SKIPPED
+
+
+@pytest.mark.parametrize("changes", [
+    {"sthresh": 9}, {"mthresh": 5}, {"close": 3}, {"use_otsu": True}, {"keep_ids": (0,)},
+    {"exclude_ids": (0,)}, {"a_t": 1.5}, {"a_h": 2.0}, {"max_n_holes": 1}, {"use_padding": False},
+    {"contour_fn": "basic"}, {"seg_level": 0}])
+def test_whatever_decides_coordinates_is_compared(changes: dict[str, Any], job: PatchJob,
+                                                  plan: PatchPlan) -> None:
+    patch_slide(job, plan=plan)
+    other = replace(job, parameters=replace(PARAMETERS, **changes))
+    standing = find_standing(other, plan)
+    assert standing.left is Left.CONFLICT and f"{next(iter(changes))}: file has" in standing.why
+    with pytest.raises(ItemFailed, match="was just made with other parameters"):
+        patch_slide(other, plan=plan)
+
+
+@pytest.mark.parametrize("changes", [
+    {"vis_level": 1}, {"line_thickness": 9}, {"white_thresh": 9}, {"black_thresh": 9},
+    {"seg_level": 2}])  # 2 is what "automatic" means on this slide
+def test_whatever_does_not_is_not(changes: dict[str, Any], job: PatchJob, plan: PatchPlan) -> None:
+    patch_slide(job, plan=plan)
+    other = replace(job, parameters=replace(PARAMETERS, **changes))
+    assert find_standing(other, plan).left is Left.NOTHING
+
+
+def test_segmenting_alone_looks_at_no_parameters_and_leaves_the_h5(job: PatchJob, plan: PatchPlan
+                                                                   ) -> None:
+    patch_slide(job, plan=plan)
+    raw = h5_path(job, plan).read_bytes()
+    masks_only = replace(plan, make_patches=False, patch_size=999)
+    assert find_standing(job, masks_only).left is Left.NOTHING
+    again = patch_slide(job, plan=replace(masks_only, redo=True, make_stitch=True))
+    assert again.status is Status.DONE and h5_path(job, plan).read_bytes() == raw
+    assert (plan.save_dir / "stitches/slide_0.jpg").exists()
+
+
+def test_single_thread_changes_no_coordinate(job: PatchJob, plan: PatchPlan) -> None:
+    import cv2
+
+    patch_slide(job, plan=plan)
+    raw = h5_path(job, plan).read_bytes()
+    threads = cv2.getNumThreads()
+    try:
+        patch_slide(job, plan=replace(plan, single_thread=True, redo=True))
+        assert cv2.getNumThreads() == 1
+    finally:
+        cv2.setNumThreads(threads)
+    assert h5_path(job, plan).read_bytes() == raw
+
+
+def test_automatic_level_is_the_coarsest_up_to_64(job: PatchJob) -> None:
+    with open_slide(job.slide_path) as slide:
+        assert automatic_level(slide, -1) == 2 and automatic_level(slide, 0) == 0
+
+
+def test_list_slides_takes_files_in_order_and_leaves_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.svs", "a.svs", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.svs").mkdir()
+    assert list_slides(tmp_path) == ["a.svs", "b.svs"]
+    with pytest.raises(Refused, match="cannot be read"):
+        list_slides(tmp_path / "nowhere")

@@ -1,0 +1,1 @@
+"""Slides, tissue, geometry, coordinates, drawing: numpy, cv2 and OpenSlide. No torch."""
