@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from typing import Any
+
 import numpy as np
 
 from utils.errors import ItemFailed, Refused, run_script
@@ -96,7 +98,7 @@ def prepare(data: Path, out: Path, precision: str) -> None:
         "--precision", precision)
 
 
-def cross_validate(model: str, seed: int, folds: int, data: Path, out: Path) -> dict[str, float]:
+def cross_validate(model: str, seed: int, folds: int, data: Path, out: Path) -> dict[str, Any]:
     """Splits, training, evaluation and attention of one model and seed."""
     table = ["--csv_path", data / "labels.csv", "--label_col", "y", "--label_dict", "0:0,1:1"]
     name = f"colon_{seed}"
@@ -152,7 +154,7 @@ def epithelial_nuclei(data: Path) -> dict[str, np.ndarray]:
     return {slide_id: np.asarray(points) for slide_id, points in places.items()}
 
 
-def print_table(rows: list[dict[str, float]], models: tuple[str, ...]) -> None:
+def print_table(rows: list[dict[str, Any]], models: tuple[str, ...]) -> None:
     """Mean and standard deviation over seeds for each model, beside the published figure."""
     print("\nmodel     accuracy         AUC              attention AUC on nuclei")
     for model in models:

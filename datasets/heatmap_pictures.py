@@ -19,7 +19,7 @@ from utils.errors import ItemFailed
 from utils.locks import claim
 from utils.report import Status
 from utils.resize import resize_shorter_side
-from utils.storage import inside, write_image
+from utils.storage import inside, writable_folder, write_image
 from wsi_core.drawing import draw_mask
 from wsi_core.geojson import attention_features, tissue_features, write_geojson
 from wsi_core.heatmap import (
@@ -52,7 +52,7 @@ def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> 
     raw = inside(exp.raw_save_dir, exp.save_exp_code, item.label, item.slide_id)
     production = inside(exp.production_save_dir, exp.save_exp_code, item.label)
     for folder in (raw, production):
-        folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(folder, what="output folder")  # sweeps what a killed run left, too
     with claim(raw) as mine:
         if not mine:
             return SlideResult(status=Status.BUSY, reason="another process works on this slide")
@@ -162,7 +162,7 @@ class _Pictures:
                 partial(self._write_sample, sample, folder))
 
     def _write_sample(self, sample: Sample, folder: Path) -> list[Path]:
-        folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(folder, what="sample folder")
         chosen = sample_patches(
             self.shares, mode=sample.mode, k=sample.k, seed=sample.seed,
             score_start=sample.score_start, score_end=sample.score_end)

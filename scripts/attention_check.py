@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.errors import ItemFailed
 from utils.storage import load_torch, read_json
 
 
@@ -47,6 +48,8 @@ def attention_of_fold(
         with torch.inference_mode():
             output = model(Bag(slide_id=slide_id, features=features, coords=coords))
         scores = output.attention_of(output.predicted)
+        if scores is None or coords is None:
+            raise ItemFailed(f"{slide_id}: no attention or no coordinates to look at")
         weights = scores.float().softmax(dim=0).numpy()
         yield SlideAttention(slide_id, coords, weights, output.predicted)
 

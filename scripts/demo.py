@@ -146,10 +146,11 @@ def planted_attention(out: Path) -> dict[str, float]:
         tested = [name for name in split["test"] if name and planted.tissue[name] == "colon"]
         for attention in attention_of_fold(out / f"results/{EXPERIMENT}_s{SEED}",
                                            out / "features_cohort", fold, tested):
-            row = planted.loc[attention.slide_id]
-            shares.append(share_inside_ellipse(
-                attention, centre=(float(row.x), float(row.y)),
-                radii=(float(row.radius_x), float(row.radius_y)), patch_px_l0=PATCH_PX))
+            x, y, radius_x, radius_y = (
+                float(planted[name][attention.slide_id])
+                for name in ("x", "y", "radius_x", "radius_y"))
+            shares.append(share_inside_ellipse(attention, centre=(x, y), radii=(radius_x, radius_y),
+                                               patch_px_l0=PATCH_PX))
     attention_share = sum(share[0] for share in shares) / len(shares)
     patch_share = sum(share[1] for share in shares) / len(shares)
     found = {"slides": len(shares), "attention_share": attention_share,

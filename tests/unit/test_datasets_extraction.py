@@ -1,0 +1,233 @@
+"""One child's work on its slides, sharing out, and what is done after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import datasets.extraction
+from datasets.extraction import Extraction, Shard, Work, _after_crash, _extract_shard, share_out
+from datasets.feature_files import (
+    feature_parameters,
+    inspect_features,
+    mend_pt,
+    needed_bytes,
+    pt_path,
+)
+from datasets.patches import SlidePatches
+from tests.feature_inputs import Inputs, MeanColour, make_inputs
+from utils.errors import Refused
+from utils.locks import claim
+from utils.report import Row, Status
+from utils.storage import State, read_h5
+from wsi_core.coords import read_coords
+from wsi_core.slide import fingerprint
+
+ENCODER = {"name": "mean", "weights_sha256": "0" * 64, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs") / "cohort")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("h5_files", "pt_files"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def works(inputs: Inputs, **changes: Any) -> list[Work]:
+    found = []
+    for number in range(3):
+        slide_id, path = f"slide_{number}", inputs.slides / f"slide_{number}.tif"
+        coords = read_coords(inputs.patches_root / "patches" / f"{slide_id}.h5")
+        found.append(Work(
+            patches=SlidePatches(slide_id=slide_id, slide_path=path, coords=coords.coords,
+                                 patch_level=0, patch_size=64, output_size=64),
+            parameters=feature_parameters(coords, encoder={**ENCODER, **changes},
+                                          slide=fingerprint(path)),
+            mpp_um=0.5, footprint_px_l0=(64, 64)))
+    return found
+
+
+def extraction(folder: Path, **changes: Any) -> Extraction:
+    settings: dict[str, Any] = {
+        "feat_dir": folder, "load": lambda device: MeanColour(), "batch_size": 8, "workers": 1,
+        "bad_tiles": "fail", "redo": False, **changes}
+    return Extraction(**settings)
+
+
+def run(todo: Sequence[Work], settings: Extraction) -> dict[str, Row]:
+    result = _extract_shard(Shard(tuple(todo), "cpu"), extraction=settings)
+    assert not result.refused
+    return {row.item: row for row in result.rows}
+
+
+def statuses(rows: dict[str, Row]) -> list[Status]:
+    return [rows[f"slide_{number}"].status for number in range(3)]
+
+
+def test_every_slide_has_its_files_and_its_row(inputs: Inputs, folder: Path) -> None:
+    todo = works(inputs)
+    rows = run(todo, extraction(folder))
+    assert statuses(rows) == [Status.DONE, Status.EMPTY, Status.DONE]
+    for work in todo:
+        finding = inspect_features(folder, work.slide_id, work.parameters, allow_dropped=False)
+        assert (finding.state, finding.rows, finding.pt_sound) == (
+            State.DONE, len(work.patches), True)
+    assert not list(folder.rglob("*.lock"))
+
+
+def test_what_another_process_finished_is_skipped_unless_redone(inputs: Inputs, folder: Path
+                                                                ) -> None:
+    run(works(inputs), extraction(folder))
+    again = run(works(inputs), extraction(folder))
+    assert set(statuses(again)) == {Status.SKIPPED}
+    assert statuses(run(works(inputs), extraction(folder, redo=True)))[0] is Status.DONE
+
+
+def test_a_held_slide_is_busy(inputs: Inputs, folder: Path) -> None:
+    with claim(folder / "h5_files" / "slide_2.h5"):
+        rows = run(works(inputs), extraction(folder))
+    assert rows["slide_2"].status is Status.BUSY
+    assert not pt_path(folder, "slide_2").exists()
+
+
+def test_a_slide_that_cannot_fit_is_not_begun(inputs: Inputs, folder: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """A8"""
+    free = needed_bytes(15, MeanColour.dim)  # enough for 13 patches, not for 20
+    monkeypatch.setattr(datasets.extraction, "free_bytes", lambda path: free)
+    rows = run(works(inputs), extraction(folder))
+    assert statuses(rows) == [Status.FAILED, Status.EMPTY, Status.DONE]
+    assert "no space" in rows["slide_0"].reason and "needs" in rows["slide_0"].reason
+
+
+def test_a_slide_replaced_meanwhile_fails(inputs: Inputs, folder: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """B16"""
+    todo = works(inputs)
+    monkeypatch.setattr(datasets.extraction, "fingerprint",
+                        lambda path: {"slide_bytes": 1, "slide_name": path.name})
+    rows = run(todo, extraction(folder))
+    assert "was replaced while it was read" in rows["slide_0"].reason
+    assert not list(folder.glob("h5_files/*.h5"))
+
+
+def test_settings_reach_the_encoder(inputs: Inputs, folder: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """--batch_size, --workers, --backend and --device do what they say."""
+    encoder, seen = MeanColour(), {}
+    original = datasets.extraction.encode_slides
+
+    def spy(slides: Any, **settings: Any) -> Any:
+        seen.update(settings)
+        return original(slides, **settings)
+
+    def load(device: str) -> MeanColour:
+        seen["device"] = device
+        return encoder
+
+    monkeypatch.setattr(datasets.extraction, "encode_slides", spy)
+    run(works(inputs), extraction(folder, load=load, batch_size=11, workers=3))
+    assert encoder.batches == [11, 11, 11]
+    assert seen["device"] == "cpu" and seen["workers"] == 3
+    run(works(inputs), extraction(folder, load=load, workers=None, redo=True))
+    assert seen["workers"] == 2
+
+
+def test_an_encoder_that_is_refused_is_the_answer(inputs: Inputs, folder: Path) -> None:
+    def load(device: str) -> MeanColour:
+        raise Refused("no such device")
+
+    result = _extract_shard(Shard(tuple(works(inputs)), "cuda"),
+                            extraction=extraction(folder, load=load))
+    assert result.refused == "no such device" and result.rows == []
+
+
+def test_features_that_are_not_finite_are_not_written(inputs: Inputs, folder: Path) -> None:
+    """D2"""
+    class Nan(MeanColour):
+        def launch(self, batch: np.ndarray) -> torch.Tensor:
+            return super().launch(batch) * torch.nan
+
+    rows = run(works(inputs), extraction(folder, load=lambda device: Nan()))
+    assert statuses(rows) == [Status.FAILED, Status.EMPTY, Status.FAILED]
+    assert "not finite" in rows["slide_0"].reason
+    assert [path.stem for path in folder.glob("h5_files/*.h5")] == ["slide_1"]
+
+
+# ---------------------------------------------------------------------------- what is found
+
+def test_findings(inputs: Inputs, folder: Path) -> None:
+    first = works(inputs)[0]
+    assert inspect_features(folder, "slide_0", first.parameters,
+                            allow_dropped=False).state is State.MISSING
+    run([first], extraction(folder))
+    other = works(inputs, precision="bf16")[0]
+    finding = inspect_features(folder, "slide_0", other.parameters, allow_dropped=False)
+    assert finding.state is State.OTHER and finding.other_settings
+    assert (finding.found, finding.changed) == ({"encoder.precision": "fp32"},
+                                                {"encoder.precision": "bf16"})
+    moved = {**first.parameters, "coords_sha256": "1"}
+    finding = inspect_features(folder, "slide_0", moved, allow_dropped=False)
+    assert finding.state is State.OTHER and not finding.other_settings
+
+
+@pytest.mark.parametrize("damage", ["missing", "0 bytes", "half", "zip", "other"])
+def test_a_damaged_pt_is_seen_and_mended(inputs: Inputs, folder: Path, damage: str) -> None:
+    """A2, A7"""
+    import zipfile
+
+    first = works(inputs)[0]
+    run([first], extraction(folder))
+    path = pt_path(folder, "slide_0")
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("hello.txt", "no tensor")
+    elif damage == "other":
+        torch.save(torch.zeros(20, 3), path)
+    else:
+        path.write_bytes(data[:len(data) // 2] if damage == "half" else b"")
+    assert not inspect_features(folder, "slide_0", first.parameters, allow_dropped=False).pt_sound
+    mend_pt(folder, "slide_0")
+    assert inspect_features(folder, "slide_0", first.parameters, allow_dropped=False).pt_sound
+    np.testing.assert_array_equal(
+        torch.load(path, weights_only=True).numpy(),
+        read_h5(folder / "h5_files" / "slide_0.h5").arrays["features"])
+
+
+# ---------------------------------------------------------------------------- shards
+
+def test_sharing_out_is_even_and_complete(inputs: Inputs) -> None:
+    todo = works(inputs) * 4
+    shards = share_out(todo, ["cuda:0", "cuda:1", "cuda:2"])
+    assert [shard.device for shard in shards] == ["cuda:0", "cuda:1", "cuda:2"]
+    loads = [sum(len(work.patches) for work in shard.works) for shard in shards]
+    assert sum(loads) == 4 * 33 and max(loads) - min(loads) <= 20
+    assert sum(len(shard.works) for shard in shards) == len(todo)
+    assert share_out([], ["cpu"]) == []
+
+
+def test_after_a_crash_suspects_are_tried_alone(inputs: Inputs, folder: Path) -> None:
+    todo = works(inputs)
+    run(todo[:1], extraction(folder))
+    (folder / "h5_files" / "slide_2.h5.lock").write_text("left by a dead process",
+                                                         encoding="utf-8")
+    rows, again = _after_crash(Shard(tuple(todo), "cpu"), "it died", extraction(folder))
+    assert [(row.item, row.status) for row in rows] == [("slide_0", Status.DONE)]
+    assert [[work.slide_id for work in shard.works] for shard in again] == [
+        ["slide_2"], ["slide_1"]]
+    rows, again = _after_crash(again[0], "it died", extraction(folder))
+    assert [(row.item, row.status, row.reason) for row in rows] == [
+        ("slide_2", Status.FAILED, "it died")] and again == []

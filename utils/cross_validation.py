@@ -1,0 +1,96 @@
+"""One fold of a cross-validation: train, test, write everything, record it as finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.contracts import Bag
+from utils.distributed import Group
+from utils.folds import FoldFiles, finish_fold, write_results
+from utils.metrics import SlideMetrics
+from utils.report import Row
+from utils.tracking import TensorBoardTracker, Tracker
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from utils.engine import FitOptions, FitResult, Predictions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where folds are trained; what does not decide their result."""
+
+    device: torch.device
+    group: Group
+    threads: int  # CPU threads of this fold
+    log_data: bool
+    progress: bool
+
+
+def train_and_test(
+    model: torch.nn.Module,
+    bags: Mapping[str, Sequence[Bag]],
+    *,
+    files: FoldFiles,
+    options: FitOptions,
+    facts: Mapping[str, Any],
+    description: Mapping[str, Any],
+    train_labels: np.ndarray,
+    n_classes: int,
+    where: Environment,
+) -> None:
+    """Train on ``bags["train"]``, predict ``val`` and ``test``, write results and the record.
+
+    facts: what decides the result beside ``options``, see ``engine.run_settings``
+    description: further keys of the record, e.g. ``spec``
+    Raises ``FitFailed`` (see ``engine.fit``); then there is no record.
+    """
+    from utils.engine import fit, predict
+
+    tracker = (TensorBoardTracker(files.work) if where.log_data and where.group.is_main
+               else Tracker())
+    try:
+        fitted = fit(model, bags["train"], bags["val"], options=options, folder=files.work,
+                     checkpoint=files.checkpoint, device=where.device, parameters=facts,
+                     train_labels=train_labels, tracker=tracker, group=where.group,
+                     title=f"fold {files.fold}", progress=where.progress)
+        answers = {part: predict(model, bags[part], device=where.device, group=where.group,
+                                 precision=options.precision) for part in ("val", "test")}
+        metrics = {part: one.metrics(n_classes) for part, one in answers.items()}
+        tracker.scalars(_final_scalars(metrics), 0)
+    finally:
+        tracker.close()
+    if where.group.is_main:
+        write_results(files, answers["test"])
+        finish_fold(files, {**description, **_record(fitted, answers, metrics), "settings":
+                            _settings(options, facts, where.group)})
+    where.group.wait()  # nobody asks for the record before it is there
+
+
+def _settings(options: FitOptions, facts: Mapping[str, Any], group: Group) -> dict[str, Any]:
+    from utils.engine import run_settings
+
+    return run_settings(options, facts, ranks=group.size)
+
+
+def _record(fitted: FitResult, answers: Mapping[str, Predictions],
+            metrics: Mapping[str, SlideMetrics]) -> dict[str, Any]:
+    unused: list[Row] = [*fitted.failures, *(row for one in answers.values()
+                                             for row in one.failures)]
+    return {"epochs": fitted.epochs, "best_epoch": fitted.best_epoch,
+            "best_val_loss": fitted.best_val_loss,
+            "metrics": {part: one.as_dict() for part, one in metrics.items()},
+            "failures": {row.item: row.reason for row in unused}}
+
+
+def _final_scalars(metrics: Mapping[str, SlideMetrics]) -> dict[str, float | None]:
+    """CLAM's tags of the summary after training."""
+    val, test = metrics["val"], metrics["test"]
+    return {"final/val_error": val.error, "final/val_auc": val.auc,
+            "final/test_error": test.error, "final/test_auc": test.auc,
+            **{f"final/test_class_{index}_acc": accuracy
+               for index, accuracy in enumerate(test.class_accuracy)}}
