@@ -115,7 +115,7 @@ def cross_validate(model: str, seed: int, folds: int, data: Path, out: Path) -> 
     evaluated = out / f"eval_results/EVAL_{model}_s{seed}"
     accuracy = [float(np.mean(fold["Y"].astype(float) == fold["Y_hat"].astype(float)))
                 for fold in (read_table(evaluated / f"fold_{k}.csv") for k in range(folds))]
-    pooled = read_json(evaluated / "metrics.json")["pooled"]
+    pooled = read_json(evaluated / "metrics.json")["pooled"]["metrics"]
     return {"model": model, "seed": seed, "accuracy": float(np.mean(accuracy)),
             "auc": pooled["auc"]["value"],
             "attention": attention_auc(out, model, seed, folds, data)}

@@ -82,7 +82,7 @@ def commands(out: Path, slides: int, precision: str) -> list[tuple[str, list[str
                       "--split_dir", f"{(out / 'splits/cohort').resolve()}",
                       "--results_dir", f"{out}/results", "--exp_code", EXPERIMENT,
                       "--model_type", "clam_sb", "--drop_out", "0.25", "--lr", "2e-4",
-                      "--max_epochs", "20", "--log_data"]),
+                      "--max_epochs", "20", "--fold_workers", "2", "--log_data"]),
         ("evaluation", ["eval.py", *table, "--data_root_dir", f"{out}/features_cohort",
                         "--embed_dim", EMBED_DIM, "--k", f"{FOLDS}",
                         "--results_dir", f"{out}/results", "--models_exp_code", run_name,
@@ -103,16 +103,17 @@ def run(command: list[str]) -> None:
 
 
 def write_heatmap_config(out: Path) -> None:
-    """Two YAML files for create_heatmaps.py: four cohort slides, and the real slide alone."""
+    """Two YAML files for create_heatmaps.py: three cohort slides, and the real slide alone."""
     import yaml
 
     (out / "heatmap").mkdir(parents=True, exist_ok=True)
-    lists = {"heatmap": ["demo_000.tif", "demo_001.tif", "demo_002.tif", "demo_004.tif"],
-             "heatmap_real": ["cmu_small_region.svs"]}
-    for name, slides in lists.items():
+    lists = {"heatmap": ["slide_id,label", "demo_000.tif,colon", "demo_001.tif,colon",
+                         "demo_002.tif,skin"],
+             "heatmap_real": ["slide_id", "cmu_small_region.svs"]}
+    for name, rows in lists.items():
         real = name == "heatmap_real"
         process_list = out / "heatmap" / f"{name}_slides.csv"
-        write_text(process_list, "slide_id\n" + "\n".join(slides) + "\n")
+        write_text(process_list, "\n".join(rows) + "\n")
         config = {
             "exp_arguments": {
                 "n_classes": 2, "save_exp_code": name, "batch_size": 64,
@@ -163,8 +164,8 @@ def print_summary(out: Path, overlap: dict[str, float], seconds: dict[str, float
     """The table at the end: AUC of each fold with its interval, attention, seconds, places."""
     metrics = read_json(out / f"eval_results/EVAL_{EXPERIMENT}/metrics.json")
     print("\nfold   test AUC   95 % interval")
-    for fold in [*metrics["folds"], {"fold": "all", **metrics["pooled"]}]:
-        print(f"{fold['fold']!s:>4}   {auc_text(fold['auc'])}")
+    for name, part in [*metrics["folds"].items(), ("all", metrics["pooled"])]:
+        print(f"{name:>4}   {auc_text(part['metrics']['auc'])}")
     print(f"\nattention inside the planted regions of {overlap['slides']:.0f} positive test "
           f"slides: {overlap['attention_share']:.0%} of it, on {overlap['patch_share']:.0%} of the "
           f"patches ({overlap['enrichment']:.1f} times chance)")

@@ -58,8 +58,8 @@ def write_tiny_encoder(path: Path) -> list[str]:
     return ["--model_name", "timm:test_resnet", "--encoder_ckpt", str(path)]
 
 
-def grid_coords(count: int, *, columns: int = 5, offset: int = 21, step: int = 96) -> np.ndarray:
-    """(count, 2) level-0 corners in CLAM's order (column after column)."""
+def grid_coords(count: int, *, columns: int = 5, offset: int = 261, step: int = 96) -> np.ndarray:
+    """(count, 2) level-0 corners in CLAM's order (column after column), about the tissue."""
     index = np.arange(count)
     return np.stack([offset + step * (index // columns), offset + step * (index % columns)], 1)
 

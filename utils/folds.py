@@ -17,8 +17,8 @@ import numpy as np
 
 from utils import __version__
 from utils.distributed import Group
-from utils.errors import BrokenFile, Refused
-from utils.parallel import Outcome, run_items
+from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.parallel import Outcome, describe_os_error, run_items
 from utils.report import Row, Status
 from utils.storage import (
     differences,
@@ -134,8 +134,9 @@ def _problem_of_finished(files: FoldFiles, settings: Mapping[str, Any],
         record = read_json(files.record)
     except BrokenFile as error:
         return f"has a damaged record ({error})"
-    if not same_parameters(record["settings"], settings):
-        return f"was trained with other settings ({differences(record['settings'], settings)})"
+    found = record.get("settings", {})
+    if not same_parameters(found, settings):
+        return f"was trained with other settings ({differences(found, settings)})"
     repaired = [slide for slide in record["failures"] if readable(slide)]
     if repaired:
         return f"was trained without {', '.join(repaired)}, which can be read now"
@@ -161,12 +162,12 @@ def check_other_folds(folder: Path, folds: range, settings: Mapping[str, Any]) -
     wanted = {name: value for name, value in settings.items() if name not in _OF_ONE_FOLD}
     for path in sorted(folder.glob("s_*_checkpoint.json")):
         record = read_json(path)
-        if record["fold"] in folds:
+        if record.get("fold") in folds:
             continue
-        found = {name: value for name, value in record["settings"].items()
+        found = {name: value for name, value in record.get("settings", {}).items()
                  if name not in _OF_ONE_FOLD}
         if not same_parameters(found, wanted):
-            raise Refused(f"fold {record['fold']} in {folder} was trained with other settings "
+            raise Refused(f"fold {record.get('fold')} in {folder} was trained with other settings "
                           f"({differences(found, wanted)}): choose another --exp_code")
 
 
@@ -194,6 +195,8 @@ def run_folds(
             yield Outcome(fold, work(fold, **arguments), None, 0.0)
         except FitFailed as error:
             yield Outcome(fold, None, str(error), 0.0)
+        except OSError as error:
+            raise ItemFailed(f"fold {fold}: {describe_os_error(error)}") from None
 
 
 # ---------------------------------------------------------------------------- writing

@@ -248,7 +248,7 @@ class TrainingLoop:
             self.epoch, validated.loss if validated else float("nan"))
         if self.group.is_main:
             if improved and self.options.early_stopping:
-                save_torch(checkpoint, self.model.state_dict())
+                save_torch(checkpoint, self._cpu_weights())
             fault_point("train.epoch")
             tracker.scalars(trained.scalars("train"), self.epoch)
             if validated:
@@ -260,11 +260,15 @@ class TrainingLoop:
         self.epoch += 1
         self.save()
 
+    def _cpu_weights(self) -> dict[str, torch.Tensor]:
+        """A state dict that loads on any machine, also by programs that map no devices."""
+        return {name: value.cpu() for name, value in self.model.state_dict().items()}
+
     def finish(self, checkpoint: Path) -> None:
         """Write the last weights, or with early stopping take the best ones back."""
         if not self.options.early_stopping:
             if self.group.is_main:
-                save_torch(checkpoint, self.model.state_dict())
+                save_torch(checkpoint, self._cpu_weights())
             return
         if self.stopping.best_epoch < 0:
             raise FitFailed("the validation loss was never finite, so there is no best epoch; "

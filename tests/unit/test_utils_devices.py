@@ -26,7 +26,8 @@ def test_device_that_is_there(gpus, name: str, count: int, expected: str) -> Non
 
 @pytest.mark.parametrize(("name", "count", "message"), [
     ("cuda", 0, "use --device cpu"), ("cuda:2", 2, "GPU 2 was asked for, 2 found"),
-    ("cuda:x", 1, "expected auto, cpu, cuda"), ("gpu", 1, "expected auto"), ("cpu:1", 1, "expected")])
+    ("cuda:x", 1, "expected auto, cpu, cuda"), ("gpu", 1, "expected auto"),
+    ("cpu:1", 1, "expected auto")])
 def test_device_that_is_not_there(gpus, name: str, count: int, message: str) -> None:  # type: ignore[no-untyped-def]
     gpus(count)
     with pytest.raises(Refused, match=message):
