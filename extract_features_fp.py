@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from utils.devices import Precision
 from utils.errors import ItemFailed, Refused, run_script
 from utils.options import option, parse, resolved
 from utils.report import Row, RunReport, Status
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from wsi_core.slide import Backend
 
 AUTOGEN = "process_list_autogen.csv"
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings: dict[str, Any] = {"checkpoint": options.encoder_ckpt, "precision": options.precision,
                                 "target_px": options.target_patch_size}
     encoder = encoder_record(options.model_name, **settings)
-    for name in ("h5_files", "pt_files"):
+    for name in ("", "h5_files", "pt_files"):
         writable_folder(options.feat_dir / name, what="--feat_dir")
     report = RunReport("features")
     works = plan_works(slides, report, encoder=encoder, backend=options.backend,

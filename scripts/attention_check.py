@@ -54,12 +54,15 @@ def attention_of_fold(
         yield SlideAttention(slide_id, coords, weights, output.predicted)
 
 
-def share_inside_ellipse(
+def share_on_ellipse(
     attention: SlideAttention, *, centre: tuple[float, float], radii: tuple[float, float],
     patch_px_l0: int,
 ) -> tuple[float, float]:
-    """(share of attention, share of patches) whose centre lies in an ellipse, level-0 px."""
-    middle = attention.coords + patch_px_l0 / 2
-    distance = (((middle - np.asarray(centre)) / np.asarray(radii)) ** 2).sum(axis=1)
-    inside = distance <= 1
-    return float(attention.weights[inside].sum()), float(inside.mean())
+    """(share of attention, share of patches) of the patches that show any of an ellipse.
+
+    centre, radii: (x, y) in level-0 px
+    """
+    nearest = np.clip(np.asarray(centre), attention.coords, attention.coords + patch_px_l0)
+    distance = (((nearest - np.asarray(centre)) / np.asarray(radii)) ** 2).sum(axis=1)
+    showing = distance < 1
+    return float(attention.weights[showing].sum()), float(showing.mean())

@@ -137,8 +137,8 @@ def write_heatmap_config(out: Path) -> None:
 
 
 def planted_attention(out: Path) -> dict[str, float]:
-    """Mean shares of attention and of patches inside the planted colon regions, test folds."""
-    from scripts.attention_check import attention_of_fold, share_inside_ellipse
+    """Mean shares of attention and of patches on the planted colon regions, test folds."""
+    from scripts.attention_check import attention_of_fold, share_on_ellipse
 
     planted = read_table(out / "planted.csv").set_index("slide_id")
     shares = []
@@ -150,7 +150,7 @@ def planted_attention(out: Path) -> dict[str, float]:
             x, y, radius_x, radius_y = (
                 float(planted[name][attention.slide_id])
                 for name in ("x", "y", "radius_x", "radius_y"))
-            shares.append(share_inside_ellipse(attention, centre=(x, y), radii=(radius_x, radius_y),
+            shares.append(share_on_ellipse(attention, centre=(x, y), radii=(radius_x, radius_y),
                                                patch_px_l0=PATCH_PX))
     attention_share = sum(share[0] for share in shares) / len(shares)
     patch_share = sum(share[1] for share in shares) / len(shares)
@@ -166,9 +166,9 @@ def print_summary(out: Path, overlap: dict[str, float], seconds: dict[str, float
     print("\nfold   test AUC   95 % interval")
     for name, part in [*metrics["folds"].items(), ("all", metrics["pooled"])]:
         print(f"{name:>4}   {auc_text(part['metrics']['auc'])}")
-    print(f"\nattention inside the planted regions of {overlap['slides']:.0f} positive test "
-          f"slides: {overlap['attention_share']:.0%} of it, on {overlap['patch_share']:.0%} of the "
-          f"patches ({overlap['enrichment']:.1f} times chance)")
+    print(f"\n{overlap['slides']:.0f} positive test slides: patches that show the planted region "
+          f"are {overlap['patch_share']:.0%} of all\nand take {overlap['attention_share']:.0%} of "
+          f"the attention ({overlap['enrichment']:.1f} times chance)")
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
           + f"; in all {sum(seconds.values()):.0f}")
     print("\nlook at\n"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 CANVAS_PX = (3072, 4096)  # height, width of level 0
 GLASS_RGB = (243, 243, 243)
 MPP_UM = 0.499  # of the CMU-1 slide
-RADII_PX = (190, 260)  # half axes of planted ellipses, drawn uniformly
+RADII_PX = (130, 210)  # half axes of planted ellipses, drawn uniformly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def main() -> int:
     """Build what is missing; a finished cohort of the same options is left alone."""
     options = parse(Options, prog="demo_cohort.py", description="Build the demo cohort.")
     folder = writable_folder(options.out / "slides", what="--out")
-    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 2}
+    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 4}
     done = options.out / "cohort.json"
     if done.exists() and read_json(done) == {**record, "canvas_px": list(CANVAS_PX)}:
         print(f"cohort: already built in {options.out}")
@@ -133,6 +134,7 @@ def build_slide(sample: Sample, *, folder: Path) -> dict[str, object]:
             "x": centre[0], "y": centre[1], "radius_x": axes[0], "radius_y": axes[1]}
 
 
+@cache
 def real_pictures() -> tuple[np.ndarray, np.ndarray]:
     """The skin slide (2967, 2220, 3) and the colon picture (512, 512, 3), uint8 RGB."""
     import numpy as np
@@ -159,7 +161,8 @@ def restained(picture: np.ndarray, *, like: np.ndarray) -> np.ndarray:
     scale = tissue(wanted).std(axis=0) / tissue(lab).std(axis=0)
     lab = (lab - tissue(lab).mean(axis=0)) * scale + tissue(wanted).mean(axis=0)
     rgb = cv2.cvtColor(lab.astype(np.float32), cv2.COLOR_LAB2RGB)
-    return np.clip(rgb * 255, 0, 255).astype(np.uint8)
+    restained_rgb: np.ndarray = np.clip(rgb * 255, 0, 255).astype(np.uint8)
+    return restained_rgb
 
 
 def package_file(package: str, name: str) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tests.slides import tissue_image, write_pyramid
+from utils.errors import Refused
 from utils.resize import resize_shorter_side
 from wsi_core.coords import PatchCoords, write_coords
 
@@ -32,6 +33,13 @@ class MeanColour:
     def launch(self, batch: np.ndarray) -> torch.Tensor:
         self.batches.append(len(batch))
         return torch.from_numpy(batch.mean(axis=(1, 2), dtype=np.float64).astype(np.float32))
+
+
+def load_mean_colour(device: str) -> MeanColour:
+    """Loads in a child process; "broken" refuses."""
+    if device == "broken":
+        raise Refused("no such device")
+    return MeanColour()
 
 
 @dataclass(frozen=True)

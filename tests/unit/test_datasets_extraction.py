@@ -11,7 +11,15 @@ import pytest
 import torch
 
 import datasets.extraction
-from datasets.extraction import Extraction, Shard, Work, _after_crash, _extract_shard, share_out
+from datasets.extraction import (
+    Extraction,
+    Shard,
+    Work,
+    _after_crash,
+    _extract_shard,
+    extract,
+    share_out,
+)
 from datasets.feature_files import (
     feature_parameters,
     inspect_features,
@@ -20,7 +28,7 @@ from datasets.feature_files import (
     pt_path,
 )
 from datasets.patches import SlidePatches
-from tests.feature_inputs import Inputs, MeanColour, make_inputs
+from tests.feature_inputs import Inputs, MeanColour, load_mean_colour, make_inputs
 from utils.errors import Refused
 from utils.locks import claim
 from utils.report import Row, Status
@@ -217,6 +225,16 @@ def test_sharing_out_is_even_and_complete(inputs: Inputs) -> None:
     assert sum(loads) == 4 * 33 and max(loads) - min(loads) <= 20
     assert sum(len(shard.works) for shard in shards) == len(todo)
     assert share_out([], ["cpu"]) == []
+
+
+def test_several_devices_work_at_the_same_time(inputs: Inputs, folder: Path) -> None:
+    """--gpus: one child process a device; here the devices are all CPUs."""
+    shards = share_out(works(inputs), ["cpu", "cpu"])
+    rows = {row.item: row for row in extract(shards, extraction(folder, load=load_mean_colour))}
+    assert len(shards) == 2 and statuses(rows) == [Status.DONE, Status.EMPTY, Status.DONE]
+    with pytest.raises(Refused, match="no such device"):
+        list(extract(share_out(works(inputs), ["broken"]),
+                     extraction(folder, load=load_mean_colour)))
 
 
 def test_after_a_crash_suspects_are_tried_alone(inputs: Inputs, folder: Path) -> None:
