@@ -34,7 +34,7 @@ from utils.devices import Precision, check_precision, pick_device
 from utils.errors import EXIT_OK, BrokenFile, Refused, run_script
 from utils.options import option, parse, resolved
 from utils.parallel import run_items
-from utils.report import Row, RunReport, Status
+from utils.report import Row, RunReport, Status, outcome_row
 from utils.storage import inside, plain, read_json, writable_folder, write_text
 from wsi_core.process_list import ProcessList
 
@@ -47,7 +47,7 @@ STATUS_CELLS = {Status.DONE: "processed", Status.SKIPPED: "processed"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Command line of ``create_heatmaps.py``; all else is in the YAML file."""
+    """Flags of create_heatmaps.py; all else is in the YAML file."""
 
     config_file: str = option("config_template.yaml", aliases=("--config",), metavar="YAML",
                               help="config in heatmaps/configs/ or a path")
@@ -90,7 +90,7 @@ def read_model(config: HeatmapConfig) -> tuple[TrainedModel, tuple[str, ...]]:
         model_size=asked.model_size, embed_dim=asked.embed_dim,
         dropout=None if beside.exists() else asked.drop_out)
     for note in trained.notes:
-        print(note)
+        print(f"note: {note}")
     return trained, names
 
 
@@ -147,11 +147,7 @@ def draw_slides(table: ProcessList, items: Sequence[HeatmapItem], *, config: Hea
     outcomes = run_items(process_slide, todo, workers=0,
                          arguments={"config": config, "tools": tools})
     for outcome in tqdm(outcomes, total=len(todo), desc="heatmaps", disable=None):
-        name, found = outcome.item.slide_id, outcome.result
-        result = Row(item=name, status=Status.FAILED, reason=outcome.error or "",
-                     seconds=outcome.seconds) if found is None else Row(
-            item=name, status=found.status, reason=found.reason, seconds=outcome.seconds,
-            numbers=found.cells)
+        result = outcome_row(name := outcome.item.slide_id, outcome)
         report.add(result)
         fill_row(table, rows[name], result)
         table.save(results)

@@ -1,4 +1,4 @@
-"""Step 1: find the tissue on whole-slide images and list the patches on it.
+"""Find the tissue on whole-slide images and list the patches on it.
 
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch --stitch
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch --preset tcga.csv
@@ -10,7 +10,7 @@ In two steps, to correct single slides by hand:
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch \\
         --process_list process_list_autogen.csv
 
-Every file directly in SLIDES is a slide (hidden files and sub-folders are left out). Written:
+Every file directly in SLIDES is a slide (hidden files and sub-folders are left out). Writes
 patches/<slide>.h5 (level-0 coordinates), masks/ and stitches/<slide>.jpg, process_list_autogen.csv,
 report_patches.csv and .json. Running the same command again goes on where it stopped.
 """
@@ -28,7 +28,7 @@ from utils.errors import ItemFailed, Refused, run_script
 from utils.locks import sweep_locks
 from utils.options import option, parse, resolved
 from utils.parallel import describe_os_error, run_items
-from utils.report import Row, RunReport, Status
+from utils.report import Row, RunReport, Status, outcome_row
 from utils.storage import inside, safe_id, writable_folder
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ SAVE_EVERY_S = 1.0  # the process list, while slides finish
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Flags of this script."""
+    """Flags of create_patches_fp.py."""
 
     source: Path = option(help="folder with slides")
     save_dir: Path = option(help="folder for patches/, masks/, stitches/ and the process list")
@@ -70,9 +70,10 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     options = parse(Options, prog="create_patches_fp.py", argv=argv,
-                    description=(__doc__ or "").partition("\n")[0])
+                    description=__doc__ or "")
     check_options(options)
-    from wsi_core.patching import BLACK, WHITE, PatchPlan
+    from wsi_core.patching import PatchPlan
+    from wsi_core.slide import BLACK, WHITE
 
     defaults = load_defaults(options.preset)
     listing = load_listing(options.source, options.save_dir, options.process_list, defaults)
@@ -159,7 +160,7 @@ def plan_jobs(listing: ProcessList, source: Path, defaults: PatchingParameters, 
         if standing.left is Left.CONFLICT:
             conflicts.append(f"{name} made with other parameters: {standing.why}")
         elif standing.left is Left.NOTHING:
-            settle(listing, report, Row(item=name, status=Status.SKIPPED, numbers=standing.cells))
+            settle(listing, report, Row(item=name, status=Status.SKIPPED, numbers=standing.numbers))
         else:
             jobs.append(job)
     if conflicts:
@@ -196,13 +197,7 @@ def do_jobs(jobs: list[PatchJob], plan: PatchPlan, listing: ProcessList, report:
     saved = 0.0
     outcomes = run_items(patch_slide, jobs, workers=workers, arguments={"plan": plan})
     for outcome in tqdm(outcomes, total=len(jobs), disable=None, unit="slide"):
-        name, result = outcome.item.slide_path.name, outcome.result
-        if result is None:
-            row = Row(item=name, status=Status.FAILED, reason=outcome.error or "",
-                      seconds=outcome.seconds)
-        else:
-            row = Row(item=name, status=result.status, reason=result.reason,
-                      seconds=outcome.seconds, numbers=result.cells)
+        row = outcome_row(name := outcome.item.slide_path.name, outcome)
         settle(listing, report, row)
         counts = ", ".join(f"{row.numbers[key]} {text}" for key, text in
                            (("n_contours", "contours"), ("n_patches", "patches"))

@@ -4,7 +4,7 @@
     python create_splits_seq.py --task task_2_tumor_subtyping --seed 1 --label_frac 0.5 --k 10
     python create_splits_seq.py --csv_path cohort.csv --label_dict benign:0,cancer:1 --scheme kfold
 
-writes splits/<task>_<percent>/splits_{k}.csv, splits_{k}_bool.csv, splits_{k}_descriptor.csv and
+Writes splits/<task>_<percent>/splits_{k}.csv, splits_{k}_bool.csv, splits_{k}_descriptor.csv and
 the record splits.json. Equal seeds give the files of CLAM, byte for byte (scheme clam).
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,16 @@ from datasets.splits import (
     split_notes,
 )
 from datasets.table import SlideTable, load_table
-from datasets.tasks import TASKS_FILE, Task, Voting, load_task
+from datasets.tasks import Task, TaskOptions, Voting, load_task
 from utils.errors import EXIT_OK, Refused, run_script
 from utils.options import option, parse
 from utils.storage import canonical, inside
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TaskOptions):
     """Flags of create_splits_seq.py."""
 
-    task: str | None = option(None, help="name of a task in the tasks file")
     label_frac: float = option(1.0, help="share of the training labels to keep; 0 or less makes "
                                "0.1, 0.25, 0.5, 0.75 and 1.0", high=1)
     seed: int = option(1, help="seed of the draws", low=0, high=2**32 - 1)
@@ -46,13 +46,8 @@ class Options:
                              low=0, high=1)
     test_frac: float | None = option(None, help="share of each class's patients for testing, in "
                                      "the scheme clam (default: 0.1)", low=0, high=1)
-    csv_path: Path | None = option(None, help="table of slides, instead of the task's")
-    label_col: str | None = option(None, help="column with the labels, instead of the task's")
-    label_dict: dict[str, int] | None = option(None, help="label names and their classes",
-                                               metavar="NAME:0,OTHER:1")
     patient_voting: Voting | None = option(
         None, help="class of a patient with several slides: highest or most frequent")
-    tasks_file: Path = option(TASKS_FILE, help="yaml file with the tasks")
     scheme: Scheme = option(
         "clam", help="clam: every split draws its own test set; kfold: each patient is tested once")
     subset: Subset = option("first", help="which labels --label_frac keeps: the first ids (as "
@@ -104,7 +99,7 @@ def print_counts(folder: SplitFolder, table: SlideTable) -> None:
             print(f"       note: {note}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Validate, draw every folder's splits, write what is not there, print the counts."""
     options = parse(Options, prog="create_splits_seq.py", description=__doc__ or "", argv=argv)
     if options.scheme == "kfold" and (options.custom_test_ids or options.test_frac is not None):

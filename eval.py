@@ -1,11 +1,11 @@
 """Evaluate trained slide models: figures with intervals, plots, and a report to open.
 
-    python eval.py --k 10 --models_exp_code demo_s1 --save_exp_code demo --task task_1 \\
-        --data_root_dir FEATURES
-    python eval.py --fold 3 --split val --models_exp_code demo_s1 --save_exp_code demo_val ...
+    python eval.py --task task_1_tumor_vs_normal --data_root_dir features --k 10 \\
+        --models_exp_code tumor_sb_s1 --save_exp_code tumor_sb
+    python eval.py --fold 3 --split val --models_exp_code tumor_sb_s1 --save_exp_code val_3 ...
     python eval.py --split all --csv_path other_cohort.csv --label_dict benign:0,cancer:1 ...
 
-writes eval_results/EVAL_<code>/: fold_{k}.csv and summary.csv as CLAM does (its columns are called
+Writes eval_results/EVAL_<code>/: fold_{k}.csv and summary.csv as CLAM does (its columns are called
 test_* whatever the split, and -1 stands for an AUC that is not defined), metrics.json (null there,
 with a reason), plots/, report.html, report_eval.csv. Some of the folds only: the names get
 _partial_{first}_{last}. Checkpoints of CLAM work too: give --model_type, --model_size, --embed_dim.
@@ -27,7 +27,7 @@ from datasets.bags import BagDataset
 from datasets.features import FeatureStore, StoreCheck
 from datasets.splits import read_split
 from datasets.table import SlideTable, load_table
-from datasets.tasks import TASKS_FILE, Task, load_task
+from datasets.tasks import Task, TaskOptions, load_task
 from models.slide_models import SLIDE_MODELS
 from models.trained import TrainedModel, load_trained
 from utils.devices import Precision, check_precision, pick_device
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TaskOptions):
     """Flags of eval.py."""
 
     data_root_dir: Path = option(help="folder with the feature folders")
@@ -58,13 +58,7 @@ class Options:
     save_exp_code: str = option(help="name of the evaluation")
     results_dir: Path = option(Path("results"), help="folder that holds the folders of models")
     splits_dir: Path | None = option(None, help="folder with splits_{k}.csv (default: the models')")
-    task: str | None = option(None, help="name of a task in the tasks file")
-    csv_path: Path | None = option(None, help="table of slides, instead of the task's")
-    label_col: str | None = option(None, help="column with the labels, instead of the task's")
-    label_dict: dict[str, int] | None = option(None, help="label names and their classes",
-                                               metavar="NAME:0,OTHER:1")
     feature_dir: str | None = option(None, help="sub-folder of --data_root_dir with the features")
-    tasks_file: Path = option(TASKS_FILE, help="yaml file with the tasks")
     split: Literal["train", "val", "test", "all"] = option(
         "test", help="part to evaluate; all = the whole table, which needs no split files")
     k: int = option(10, help="number of folds", low=1)
@@ -109,16 +103,12 @@ class Inputs:
     store: FeatureStore
     check: StoreCheck
 
-    def left_out(self) -> dict[str, str]:
-        """Slides that are not evaluated, with the reason."""
-        return {**dict.fromkeys(self.check.missing, "no feature file (--allow_missing)"),
-                **dict.fromkeys(self.check.empty, "no patches")}
-
     def plan(self, split: str) -> list[str]:
         """What will be done, and what a user should know about the input."""
         return [f"evaluating {len(self.models)} folds on {len(self.check.usable)} slides "
-                f"(split '{split}')", *self.table.notes, *self.check.notes,
-                *(note for model in self.models.values() for note in model.notes)]
+                f"(split '{split}')",
+                *(f"note: {note}" for notes in (self.table.notes, self.check.notes, *(
+                    model.notes for model in self.models.values())) for note in notes)]
 
     def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What makes two evaluations the same; see ``utils.evaluation_files.find_finished``."""
@@ -196,7 +186,7 @@ def predict_folds(found: Inputs, report: RunReport, how: Measuring, *, device: t
         folds[fold] = evaluate_predictions(predictions, how)
         failed.update(reasons)
         report.add(Row(item=f"fold {fold}", status=Status.DONE, seconds=time.monotonic() - start,
-                       numbers={"slides": folds[fold].plain.n, "auc": folds[fold].plain.auc,
+                       numbers={"n_slides": folds[fold].plain.n, "auc": folds[fold].plain.auc,
                                 "accuracy": folds[fold].plain.accuracy}))
     return folds, failed
 
@@ -234,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                         precision=options.precision)
     findings = Findings(class_names=found.table.class_names, folds=evaluations,
                         pooled=pool_tests(evaluations, options.split, how),
-                        left_out=found.left_out(), failed={**found.check.failures, **failed})
+                        left_out=found.check.left_out(), failed={**found.check.failures, **failed})
     report.extend(findings.rows())
     record = write_evaluation(
         files, findings, report, settings=settings, identity=identity,

@@ -1,4 +1,4 @@
-"""Step 2: turn the patches of each slide into feature vectors.
+"""Turn the patches of each slide into feature vectors.
 
     python extract_features_fp.py --data_h5_dir OUT --data_slide_dir SLIDES --feat_dir FEATURES \\
         --csv_path OUT/process_list_autogen.csv --slide_ext .svs --model_name resnet50_trunc
@@ -7,8 +7,8 @@ On a CPU, --precision bf16 is several times faster (relative error 3e-3 to 4e-2)
 resnet50_trunc, uni_v1 (UNI_CKPT_PATH), conch_v1 (CONCH_CKPT_PATH), efficientnet_lite0 (its weights
 come with a package) and timm:<name>, e.g. timm:resnet18; --encoder_ckpt gives a weight file.
 
-Read: OUT/patches/<slide>.h5, the slides, and a csv with a column slide_id (every row is used).
-Written: h5_files/<slide>.h5 (features, coords, what made them), pt_files/<slide>.pt (the matrix),
+Reads OUT/patches/<slide>.h5, the slides, and a csv with a column slide_id (every row is used).
+Writes h5_files/<slide>.h5 (features, coords, what made them), pt_files/<slide>.pt (the matrix),
 report_features.csv and .json. Running the same command again goes on where it stopped.
 """
 
@@ -44,7 +44,7 @@ AUTOGEN = "process_list_autogen.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Flags of this script."""
+    """Flags of extract_features_fp.py."""
 
     data_h5_dir: Path = option(help="save_dir of create_patches_fp.py (holds patches/)")
     data_slide_dir: Path = option(help="folder with the slides")
@@ -61,9 +61,9 @@ class Options:
     target_patch_size: int = option(224, high=8192, help="shorter side after resizing; 0 or less: "
                                     "as read")
     auto_skip: bool = option(True, help="redo slides that have their features already")
-    precision: Precision = option("fp32", help="arithmetic of the encoder; "
-                                                        "features are stored as fp32")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1")
+    precision: Precision = option("fp32", help="arithmetic of the encoder; features are stored as "
+                                  "fp32")
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
     gpus: int = option(0, low=0, help="share the slides out over this many GPUs (0: --device)")
     workers: int | None = option(None, low=1, high=256, help="reading threads for each encoder "
                                  "(default: 2 on a CPU, up to 8 on a GPU)")
@@ -233,14 +233,14 @@ def settle(work: Work, feat_dir: Path, *, allow_dropped: bool) -> Row | str | No
         mend_pt(feat_dir, work.slide_id)
     empty = finding.rows == 0
     return Row(item=work.slide_id, status=Status.EMPTY if empty else Status.SKIPPED,
-               reason="no patches on it" if empty else "" if finding.pt_sound else
-               "pt file made anew from the h5", numbers={"patches": finding.rows, "dropped": 0})
+               reason="no patches" if empty else "" if finding.pt_sound else
+               "pt file made anew from the h5", numbers={"n_patches": finding.rows, "n_dropped": 0})
 
 
 def print_dropped(report: RunReport) -> None:
     """A line for each slide of which patches were left out."""
     for row in report.rows:
-        if row.numbers.get("dropped"):
+        if row.numbers.get("n_dropped"):
             print(f"  {row.item}: {row.reason}")
 
 

@@ -15,6 +15,7 @@ command again after an interruption: finished folds are kept, the others go on.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from datasets.bags import CacheMode
 from datasets.cohort import Cohort, find_split_folder, load_cohort
 from datasets.splits import split_folder_name
-from datasets.tasks import TASKS_FILE, load_task
+from datasets.tasks import TaskOptions, load_task
 from models.slide_models import SLIDE_MODELS, SlideModelSpec, build_slide_model
-from utils.cross_validation import Environment, train_and_test
+from utils.cross_validation import Environment, run_folds, train_and_test
 from utils.devices import Precision, check_precision, pick_device
 from utils.distributed import local_processes, process_group
 from utils.errors import Refused, run_script
@@ -36,7 +37,6 @@ from utils.folds import (
     fold_range,
     fold_rows,
     fold_state,
-    run_folds,
     write_settings,
     write_summary,
 )
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Flags of main.py: CLAM's by their names and meanings, then ours."""
+class Options(TaskOptions):
+    """Flags of main.py: those of the task, then CLAM's by their names and meanings, then ours."""
 
     data_root_dir: Path = option(help="folder with the feature folders")
     embed_dim: int = option(1024, help="width of the features", low=1)
@@ -60,7 +60,8 @@ class Options:
     reg: float = option(1e-5, help="weight decay", low=0)
     label_frac: float = option(1.0, help="share of training labels: names the split folder",
                                low=0, high=1)
-    seed: int = option(1, help="seed of everything random, set again for each fold", low=0)
+    seed: int = option(1, help="seed of everything random, set again for each fold",
+                       low=0, high=2**32 - 1)
     k: int = option(10, help="number of folds", low=1)
     k_start: int = option(-1, help="first fold, -1 = 0", low=-1)
     k_end: int = option(-1, help="fold after the last, -1 = k", low=-1)
@@ -78,18 +79,12 @@ class Options:
     model_size: Literal["small", "big"] = option("small", help="width of the attention")
     exp_code: str | None = option(None, help="name of the experiment (default: <task>_<model>)")
     weighted_sample: bool = option(False, help="draw slides so that classes are balanced")
-    task: str | None = option(None, help="name of a task in the tasks file")
     no_inst_cluster: bool = option(False, help="CLAM without instance clustering")
     inst_loss: Literal["svm", "ce", "None"] | None = option(None, help="instance loss (None: ce)")
     subtyping: bool = option(False, help="classes exclude each other (CLAM models)")
     bag_weight: float = option(0.7, help="share of the slide loss in the total", low=0, high=1)
     B: int = option(8, help="instances sampled from each end; 0 or less = 8")
-    csv_path: Path | None = option(None, help="table of slides, instead of the task's")
-    label_col: str | None = option(None, help="column with the labels, instead of the task's")
-    label_dict: dict[str, int] | None = option(None, help="label names and their classes",
-                                               metavar="NAME:0,OTHER:1")
     feature_dir: str | None = option(None, help="sub-folder of --data_root_dir with the features")
-    tasks_file: Path = option(TASKS_FILE, help="yaml file with the tasks")
     splits_root: Path = option(Path("splits"), help="folder that holds the folders of splits")
     attention_dropout: float | None = option(
         None, help="dropout in the attention (default: 0.25, none with --drop_out 0)",
@@ -99,7 +94,7 @@ class Options:
     stop_epoch: int = option(50, help="never stop at or before this epoch (from 0)", low=0)
     accumulate: int = option(1, help="slides per optimiser step", low=1)
     clip_grad: float | None = option(None, help="largest gradient norm", low=1e-6)
-    device: str = option("auto", help="auto, cpu, cuda or cuda:0, cuda:1 ...")
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N")
     precision: Precision = option("fp32", help="number format of the forward pass")
     cache: CacheMode = option("auto", help="keep features in memory")
     fold_workers: int = option(1, help="folds trained at once, each in a process", low=1)
@@ -132,7 +127,8 @@ def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row
     files, group = FoldFiles(job.folder, fold), job.where.group
     with claim(files.work) if group.is_main else nullcontext(True) as mine:
         if not group.from_main(mine):
-            return [Row(item=f"fold {fold}", status=Status.BUSY, reason="in another process")]
+            return [Row(item=f"fold {fold}", status=Status.BUSY,
+                        reason="another process works on it")]
         if group.from_main(states[fold] is not FoldState.REPLACED and files.record.exists()):
             return fold_rows(files, status=Status.SKIPPED)  # another process was faster
         torch.set_num_threads(job.where.threads)
@@ -191,7 +187,7 @@ def run_job(job: Job, states: dict[int, FoldState], *, workers: int) -> RunRepor
     return report
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Validate everything, show the plan, train the folds, report."""
     options = parse(Options, prog="main.py", description=__doc__ or "", argv=argv)
     folds = fold_range(options.k, k_start=options.k_start, k_end=options.k_end)

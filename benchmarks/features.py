@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.reading import in_new_process, peak_mb, tissue_patches
+from benchmarks._measure import in_new_process, peak_mb
+from benchmarks.reading import tissue_patches
 from utils.errors import EXIT_OK, run_script
 from utils.options import option, parse
 from utils.parallel import available_cpus

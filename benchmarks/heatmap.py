@@ -24,9 +24,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from benchmarks._measure import best_of, forget_peak, peak_mb
 from benchmarks._slides import make_slide
-from benchmarks.patching import best_of, forget_peak, peak_mb
-from utils.errors import ItemFailed, run_script
+from utils.errors import EXIT_OK, ItemFailed, run_script
 from utils.options import option, parse
 from utils.storage import write_json
 from wsi_core.grid import patch_grid
@@ -60,8 +60,8 @@ class Options:
 
 def main() -> int:
     """Run the four cases and the percentiles, and print a line each."""
-    options = parse(Options, prog="heatmap.py", config_flag=False,
-                    description=(__doc__ or "").partition("\n")[0])
+    options = parse(Options, prog="benchmarks/heatmap.py", config_flag=False,
+                    description=__doc__ or "")
     import cv2
 
     cv2.setNumThreads(1)
@@ -77,7 +77,7 @@ def main() -> int:
     figures["percentiles"] = run_percentiles(options.patches * 4, options.repeats)
     if options.json:
         write_json(options.json, figures)
-    return 0
+    return EXIT_OK
 
 
 def find_patches(path: Path, overlap: float, wanted: int) -> tuple[Tissue, np.ndarray]:

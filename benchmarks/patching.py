@@ -12,12 +12,10 @@ candidates; both must agree. Times are the best of several runs, in one process.
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +25,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from utils.errors import ItemFailed, run_script
+from benchmarks._measure import best_of, forget_peak, peak_mb
+from utils.errors import EXIT_OK, ItemFailed, run_script
 from utils.options import option, parse
 from utils.storage import write_json
 from wsi_core.grid import patch_grid
@@ -53,8 +52,8 @@ class Options:
 
 def main() -> int:
     """Run both cases and print their tables."""
-    options = parse(Options, prog="patching.py", config_flag=False,
-                    description=(__doc__ or "").partition("\n")[0])
+    options = parse(Options, prog="benchmarks/patching.py", config_flag=False,
+                    description=__doc__ or "")
     import cv2
 
     cv2.setNumThreads(1)
@@ -67,32 +66,7 @@ def main() -> int:
     figures["ragged"] = run_ragged(options.repeats, options.baseline_share)
     if options.json:
         write_json(options.json, figures)
-    return 0
-
-
-def best_of(repeats: int, work: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU) seconds of the fastest of several runs."""
-    runs = []
-    for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        runs.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return min(runs)
-
-
-def forget_peak() -> None:
-    """Let ``peak_mb`` count from now on (Linux; elsewhere it counts from the start)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb() -> float:
-    """Largest resident memory of this process, in MB."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return EXIT_OK
 
 
 # ---------------------------------------------------------------------------- the slide

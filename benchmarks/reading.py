@@ -10,30 +10,41 @@ patches touch, once each, with nothing else done: the share says how near a read
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-Result = TypeVar("Result")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks._measure import in_new_process, peak_mb
+from utils.errors import EXIT_OK, run_script
+from utils.options import option, parse
 
 PATCH_PX = 256
 MIN_COLOUR = 12  # largest less smallest channel at a patch's centre; glass has less
 GRID_OFFSET_PX = (131, 77)  # of CLAM's grid, which starts at a contour's corner
 REAL_SLIDE = ROOT.parent / "shared" / "data" / "slides" / "cmu_1_small_region.svs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Flags of this benchmark."""
+
+    slide: tuple[Path, ...] = option((), help="slides to read instead")
+    side: int = option(8192, low=1024, help="of the synthetic slide, px")
+    patches: int = option(1000, low=1, help="at most, per slide")
+    repeats: int = option(3, low=1, help="runs of each reader; the best counts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +64,19 @@ class Reader(Protocol):
     def __call__(self, x: int, y: int) -> np.ndarray: ...
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure every reader on every slide and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--slide", type=Path, nargs="+", help="slides to read instead")
-    parser.add_argument("--side", type=int, default=8192, help="of the synthetic slide, px")
-    parser.add_argument("--patches", type=int, default=1000, help="at most, per slide")
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args(argv)
+    options = parse(Options, prog="benchmarks/reading.py", argv=argv, config_flag=False,
+                    description=__doc__ or "")
     with tempfile.TemporaryDirectory() as folder:
-        slides = options.slide or [REAL_SLIDE] * REAL_SLIDE.is_file()
+        slides = list(options.slide) or [REAL_SLIDE] * REAL_SLIDE.is_file()
         if not options.slide:
             from benchmarks._slides import make_slide
 
             slides.insert(0, make_slide(Path(folder) / "synthetic.tif", side_px=options.side))
         for slide in slides:
             report(slide, tissue_patches(slide, options.patches), options.repeats)
-    return 0
+    return EXIT_OK
 
 
 def tissue_patches(path: Path, limit: int) -> np.ndarray:
@@ -111,12 +118,6 @@ def report(path: Path, corners: np.ndarray, repeats: int) -> None:
     print(f"{'floor: decoding alone':27}{floor_ms:13.2f}   (tiles of {tile_kb:.1f} kB)")
 
 
-def in_new_process(work: Callable[..., Result], *arguments: Any) -> Result:
-    """What ``work`` returns, run where no earlier measurement has left memory behind."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
 def measure(opener: Callable[[Path], Reader], path: Path, corners: np.ndarray, repeats: int
             ) -> Measured:
     """Read all patches ``repeats`` times, each with a fresh handle, in this process."""
@@ -141,14 +142,6 @@ def measure(opener: Callable[[Path], Reader], path: Path, corners: np.ndarray, r
         open_ms=1000 * min(open_s), peak_mb=peak_mb(), checksum=checksum,
         cpu_ms=1000 * min(cpu_s) / len(places),
         rate=len(places) / min(wall_s))
-
-
-def peak_mb() -> float:
-    """Largest resident memory of this process (not, as rusage says, of its parent too)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def open_as_clam(path: Path) -> Reader:
@@ -207,4 +200,4 @@ def measure_floor(path: Path, corners: np.ndarray, repeats: int) -> tuple[float,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

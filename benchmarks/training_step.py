@@ -14,14 +14,11 @@ last column is the figure of the reference on one thread of a quiet core with fp
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from benchmarks._measure import in_new_process, peak_mb
 from models.slide_models import SLIDE_MODELS, SlideModelSpec, build_slide_model
 from utils.contracts import Bag, SlideModel
 from utils.errors import EXIT_OK, run_script
@@ -79,7 +77,7 @@ class Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every combination and print the table and the growth with the bag."""
-    options = parse(Options, prog="training_step.py", description=(__doc__ or "").split("\n")[0],
+    options = parse(Options, prog="benchmarks/training_step.py", description=__doc__ or "",
                     argv=argv, config_flag=False)
     print(f"{'model':8} {'rows':>6} {'prec':4} {'ms/step':>8} {'CPU ms':>7} {'floor ms':>8} "
           f"{'share':>6} {'memory MB':>9}   reference ms, MB")
@@ -121,9 +119,7 @@ def growth(figures: Sequence[Figure]) -> float:
 def measure_alone(model: str, rows: int, precision: str, repeats: int, threads: int) -> Figure:
     """``measure`` in a fresh process, so that its peak of memory is its own."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(measure, model, rows, precision, repeats, threads).result()
+    return in_new_process(measure, model, rows, precision, repeats, threads)
 
 
 def measure(model: str, rows: int, precision: str, repeats: int, threads: int) -> Figure:
@@ -137,10 +133,10 @@ def measure(model: str, rows: int, precision: str, repeats: int, threads: int) -
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     step = partial(_train_step, cast(SlideModel, module), optimizer, dtype)
     step(Bag(slide_id="small", features=torch.zeros(16, WIDTH), label=1))
-    start_mb = _peak_mb()
+    start_mb = peak_mb()
     bag = Bag(slide_id="bench", features=torch.randn(rows, WIDTH), label=1)
     wall, cpu = _median_ms(lambda: step(bag), repeats)
-    memory = _peak_mb() - start_mb
+    memory = peak_mb() - start_mb
     products = list(_products(model, rows, dtype))
     _, floor = _median_ms(lambda: [a @ b for a, b in products], repeats)
     return Figure(model=model, rows=rows, precision=precision, wall_ms=wall, cpu_ms=cpu,
@@ -191,10 +187,6 @@ def _median_ms(work: Callable[[], object], repeats: int) -> tuple[float, float]:
         cpu.append(time.process_time() - start_cpu)
         wall.append(time.perf_counter() - start_wall)
     return statistics.median(wall) * 1e3, statistics.median(cpu) * 1e3
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -9,13 +9,10 @@ from typing import Literal, overload
 
 import numpy as np
 
-from datasets.features import FeatureStore, SlideInfo, StoreCheck
+from datasets.features import FeatureStore
 from datasets.table import SlideTable
 from utils.contracts import Bag
 from utils.errors import ItemFailed
-
-__all__ = ["BagDataset", "CacheMode", "FeatureStore", "SlideInfo", "StoreCheck",
-           "available_memory_bytes"]
 
 CacheMode = Literal["auto", "ram", "none"]
 _MEMORY_SHARE = 0.5  # of what is free now; the rest is for the model and for everybody else

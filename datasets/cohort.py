@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Cohort:
 
     asked: fold -> the slides of its split file, in the order of the table
     splits: fold -> those of them that can be used
+    rows: patches of each slide that can be used
     encoder: record of what made the features, None when unknown
     left_out: a row for each slide of the splits that cannot be used
     notes: what is allowed but worth knowing
@@ -33,6 +34,7 @@ class Cohort:
     asked: Mapping[int, Split]
     splits: Mapping[int, Split]
     bags: BagDataset
+    rows: Mapping[str, int]
     encoder: dict[str, Any] | None
     left_out: tuple[Row, ...]
     notes: tuple[str, ...]
@@ -42,12 +44,17 @@ class Cohort:
         return {part: self.bags.subset(ids) for part, ids in self.splits[fold].parts().items()}
 
     def facts(self, fold: int) -> dict[str, Any]:
-        """What decides a result: classes, encoder, which slides with which labels."""
+        """What decides a result: classes, encoder, which slides with which labels, and patches.
+
+        Features that were made anew from other patches show in ``n_patches``, whatever their date.
+        """
         labels = dict(zip(self.bags.table.slide_ids, self.bags.table.labels, strict=True))
         asked = {part: [[slide, labels.get(slide)] for slide in ids]
                  for part, ids in self.asked[fold].parts().items()}
         left_out = {row.item for row in self.left_out}
+        used = [slide for ids in self.splits[fold].parts().values() for slide in ids]
         return {"class_names": list(self.bags.table.class_names), "encoder": self.encoder,
+                "n_patches": sum(self.rows[slide] for slide in used),
                 "slides": hashlib.sha256(canonical(asked).encode()).hexdigest()[:16],
                 "left_out": [slide for ids in self.asked[fold].parts().values() for slide in ids
                              if slide in left_out]}
@@ -103,8 +110,8 @@ def load_cohort(
         notes += [f"fold {fold}: {note}" for note in split_notes(split, table)]
     bags = BagDataset(table.subset(found.usable), store, cache=cache, n_bytes=found.n_bytes,
                       processes=processes, pin=pin, embed_dim=embed_dim)
-    return Cohort(asked=asked, splits=splits, bags=bags, encoder=found.encoder,
-                  left_out=_rows(found), notes=tuple(notes))
+    return Cohort(asked=asked, splits=splits, bags=bags, rows=found.rows,
+                  encoder=found.encoder, left_out=_rows(found), notes=tuple(notes))
 
 
 def _tenth(slide_ids: tuple[str, ...], table: SlideTable) -> tuple[str, ...]:
@@ -117,9 +124,6 @@ def _tenth(slide_ids: tuple[str, ...], table: SlideTable) -> tuple[str, ...]:
 
 
 def _rows(found: StoreCheck) -> tuple[Row, ...]:
-    empty = Row(item="", status=Status.EMPTY, reason="no patches: left out")
-    missing = Row(item="", status=Status.EMPTY, reason="no features: left out (--allow_missing)")
-    return (*(replace(empty, item=slide) for slide in found.empty),
-            *(replace(missing, item=slide) for slide in found.missing),
-            *(Row(item=slide, status=Status.FAILED, reason=reason)
-              for slide, reason in found.failures.items()))
+    kinds = ((Status.EMPTY, found.left_out()), (Status.FAILED, found.failures))
+    return tuple(Row(item=slide, status=status, reason=reason)
+                 for status, slides in kinds for slide, reason in slides.items())

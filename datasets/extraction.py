@@ -215,7 +215,7 @@ class _Child:
         write_features(self._todo.feat_dir, done, parameters=work.parameters, mpp_um=work.mpp_um,
                        footprint_px_l0=work.footprint_px_l0)
         return _row(work, Status.DONE if len(work.patches) else Status.EMPTY,
-                    describe_dropped(done) if len(work.patches) else "no patches on it",
+                    describe_dropped(done) if len(work.patches) else "no patches",
                     dropped=len(done.unreadable))
 
 
@@ -231,7 +231,7 @@ def describe_dropped(done: EncodedSlide) -> str:
 
 def _row(work: Work, status: Status, reason: str = "", dropped: int = 0) -> Row:
     return Row(item=work.slide_id, status=status, reason=reason,
-               numbers={"patches": len(work.patches) - dropped, "dropped": dropped})
+               numbers={"n_patches": len(work.patches) - dropped, "n_dropped": dropped})
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ class StoreCheck:
     """What ``FeatureStore.check`` found. Slides keep their order.
 
     usable: slides to work with; empty: no patches; missing: no file; failures: slide -> reason
-    width: D; encoder: the record that all share, None when unknown; n_bytes: as float32
+    rows: patches of each usable slide; width: D; n_bytes: as float32
+    encoder: the record that all share, None when unknown
     notes: one line each for the run's summary
     """
 
@@ -53,10 +54,16 @@ class StoreCheck:
     empty: tuple[str, ...]
     missing: tuple[str, ...]
     failures: Mapping[str, str]
+    rows: Mapping[str, int]
     width: int
     encoder: dict[str, Any] | None
     n_bytes: int
     notes: tuple[str, ...] = ()
+
+    def left_out(self) -> dict[str, str]:
+        """Slides that a run goes on without, by permission or by nature, with the reason."""
+        return {**dict.fromkeys(self.empty, "no patches"),
+                **dict.fromkeys(self.missing, "no features (--allow_missing)")}
 
 
 @dataclass
@@ -166,6 +173,7 @@ class FeatureStore:
         empty = [slide_id for slide_id, info in infos.items() if info.rows == 0]
         return StoreCheck(
             usable=tuple(usable), empty=tuple(empty), missing=tuple(missing), failures=failures,
+            rows={slide_id: infos[slide_id].rows for slide_id in usable},
             width=width, encoder=encoder,
             n_bytes=4 * width * sum(infos[slide_id].rows for slide_id in usable),
             notes=_notes(self.root, empty, missing, self.extra(table_ids or slide_ids),

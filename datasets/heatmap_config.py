@@ -18,6 +18,8 @@ from utils.options import build, from_mapping, load_yaml, option
 from utils.storage import plain, safe_id
 from wsi_core.heatmap import SampleMode, colour_table
 
+CONFIGS = Path("heatmaps/configs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpArguments:
@@ -163,13 +165,13 @@ SECTIONS: dict[str, type] = {
     "sample_arguments": SampleArguments}
 
 
-def find_config(name: str, folder: Path = Path("heatmaps/configs")) -> Path:
+def find_config(name: str) -> Path:
     """A config by its name in ``heatmaps/configs/`` or by path, or ``Refused``."""
-    for path in (folder / name, Path(name)):
+    for path in (CONFIGS / name, Path(name)):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.name for path in folder.glob("*.yaml"))) or "none"
-    raise Refused(f"no config '{name}' in {folder}/ nor at that path; there: {known}")
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml"))) or "none"
+    raise Refused(f"no config '{name}' in {CONFIGS}/ nor at that path; there: {known}")
 
 
 def load_config(
@@ -192,7 +194,8 @@ def load_config(
     if overlap is not None:
         sections["patching_arguments"]["overlap"] = overlap
     config = HeatmapConfig(**{
-        name: build(SECTIONS[name], values) for name, values in sections.items()})
+        name: build(SECTIONS[name], values, prefix=f"{path}: {name}: ")
+        for name, values in sections.items()})
     _check(config, source=str(path))
     return config
 
@@ -214,7 +217,7 @@ def _section(name: str, value: Any, *, source: str) -> dict[str, Any]:
 def _sample(entry: Any, *, source: str) -> Sample:
     if not isinstance(entry, Mapping):
         raise Refused(f"{source} is {entry!r}, expected 'key: value' lines")
-    return build(Sample, from_mapping(Sample, entry, source=source))
+    return build(Sample, from_mapping(Sample, entry, source=source), prefix=f"{source}: ")
 
 
 def _check(config: HeatmapConfig, *, source: str) -> None:

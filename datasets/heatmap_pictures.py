@@ -17,7 +17,7 @@ from datasets.heatmap_items import HeatmapItem
 from datasets.heatmap_slide import OVERVIEW_DOWNSAMPLE, AttentionMap, SlideMaps, Tools
 from utils.errors import ItemFailed
 from utils.locks import claim
-from utils.report import Status
+from utils.report import Row, Status
 from utils.resize import resize_shorter_side
 from utils.storage import inside, writable_folder, write_image
 from wsi_core.drawing import draw_mask
@@ -34,16 +34,7 @@ from wsi_core.heatmap import (
 from wsi_core.slide import best_level, open_slide
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SlideResult:
-    """What became of a slide; ``cells`` go into its row of the results csv."""
-
-    status: Status
-    reason: str = ""
-    cells: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> SlideResult:
+def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> Row:
     """All files of one slide, as far as they are not there yet.
 
     Raises ``ItemFailed`` (``SlideError``, ``BrokenFile``) with one line that names the slide.
@@ -55,22 +46,24 @@ def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> 
         writable_folder(folder, what="output folder")  # sweeps what a killed run left, too
     with claim(raw) as mine:
         if not mine:
-            return SlideResult(status=Status.BUSY, reason="another process works on this slide")
+            return Row(item=item.slide_id, status=Status.BUSY,
+                       reason="another process works on it")
         with open_slide(item.slide_path) as slide:
             maps = SlideMaps(item, slide, folder=raw, tools=tools,
                              patching=config.patching_arguments, heatmap=config.heatmap_arguments)
             return _make_all(maps, config, production)
 
 
-def _make_all(maps: SlideMaps, config: HeatmapConfig, production: Path) -> SlideResult:
+def _make_all(maps: SlideMaps, config: HeatmapConfig, production: Path) -> Row:
+    slide_id = maps.item.slide_id
     tissue, coarse = maps.tissue, None
     save_mask(maps)
     if tissue:
         coarse = maps.coarse
     if coarse is None:
         maps.forget()
-        return SlideResult(status=Status.EMPTY, cells={"n_contours": len(tissue.contours),
-                                                       "n_patches": 0}, reason=(
+        return Row(item=slide_id, status=Status.EMPTY, numbers={
+            "n_contours": len(tissue.contours), "n_patches": 0}, reason=(
             "no patch lies wholly on its tissue: try a smaller patch_size" if tissue else
             "no tissue found: look at the mask, try a smaller a_t or sthresh"))
     pictures = _Pictures(maps, coarse, config, production)
@@ -82,10 +75,11 @@ def _make_all(maps: SlideMaps, config: HeatmapConfig, production: Path) -> Slide
     fine = maps.fine
     cells = _cells(maps, coarse)
     if fine is None:
-        return SlideResult(status=Status.EMPTY, cells=cells,
-                           reason="no patch of the fine map lies on tissue (in its region)")
+        return Row(item=slide_id, status=Status.EMPTY, numbers=cells,
+                   reason="no patch of the fine map lies on tissue (in its region)")
     pictures.save_heatmap(fine)
-    return SlideResult(status=Status.DONE if maps.made else Status.SKIPPED, cells=cells)
+    return Row(item=slide_id, status=Status.DONE if maps.made else Status.SKIPPED,
+               numbers=cells)
 
 
 def _cells(maps: SlideMaps, coarse: AttentionMap) -> dict[str, Any]:

@@ -33,13 +33,12 @@ from utils.storage import (
 from wsi_core.geojson import read_tissue, tissue_features, write_geojson
 from wsi_core.grid import patch_grid
 from wsi_core.heatmap import center_shift, check_scores, clip_roi
+from wsi_core.presets import SEGMENTATION_NAMES
 from wsi_core.slide import Slide, best_level, fingerprint, nominal_downsample
 from wsi_core.tissue import Tissue, segment_tissue
 
 OVERVIEW_DOWNSAMPLE = 32.0  # what level -1 stands for
 CHUNK_PATCHES = 1 << 17  # encoded and scored at a time in the fine map; bounds memory
-_SEGMENTATION = ("sthresh", "mthresh", "close", "use_otsu", "keep_ids", "exclude_ids", "a_t",
-                 "a_h", "max_n_holes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +171,7 @@ class SlideMaps:
         level = asked.seg_level if asked.seg_level >= 0 else best_level(self.slide,
                                                                         OVERVIEW_DOWNSAMPLE)
         return {**fingerprint(self.item.slide_path), "seg_level": level,
-                **{name: getattr(asked, name) for name in _SEGMENTATION}}
+                **{name: getattr(asked, name) for name in SEGMENTATION_NAMES}}
 
     @cached_property
     def tissue(self) -> Tissue:

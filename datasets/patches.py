@@ -322,7 +322,7 @@ class _Line:
             for state, _ in owners:
                 state.error = state.error or (f"{state.slide.slide_id}: encoding failed ("
                                               f"{' '.join(str(error).split())[:200]}): try a "
-                                              "smaller --batch_size")
+                                              "smaller batch_size")
             self._collect()
             self._share_out(owners, None)
             return

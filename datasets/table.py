@@ -103,11 +103,11 @@ class SlideTable:
         return Patients(tuple(names.tolist()), labels, tuple(np.split(by_patient, ends)))
 
 
-def listed(items: Iterable[object], *, most: int = MAX_LISTED) -> str:
+def listed(items: Iterable[object]) -> str:
     """``'a', 'b', ... (7 in all)``: the first few, for a message."""
     all_items = list(items)
-    text = ", ".join(repr(item) for item in all_items[:most])
-    return text if len(all_items) <= most else f"{text}, ... ({len(all_items)} in all)"
+    text = ", ".join(repr(item) for item in all_items[:MAX_LISTED])
+    return text if len(all_items) <= MAX_LISTED else f"{text}, ... ({len(all_items)} in all)"
 
 
 def load_table(task: Task) -> SlideTable:

@@ -13,11 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import Refused
-from utils.options import from_mapping, load_yaml
+from utils.options import from_mapping, load_yaml, option
 from utils.storage import read_table, safe_id
 
 TASKS_FILE = Path("dataset_csv/tasks.yaml")
 Voting = Literal["max", "maj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """The flags that name a task; the options of every script that reads a table begin so."""
+
+    task: str | None = option(None, help="name of a task in the tasks file")
+    csv_path: Path | None = option(None, help="table of slides, instead of the task's")
+    label_col: str | None = option(None, help="column with the labels, instead of the task's")
+    label_dict: dict[str, int] | None = option(None, help="label names and their classes",
+                                               metavar="NAME:0,OTHER:1")
+    tasks_file: Path = option(TASKS_FILE, help="yaml file with the tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

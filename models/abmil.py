@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from models.attention import HIDDEN, AttentionNet, pool
-from models.layers import features_of, label_of
+from models.layers import features_of, slide_step
 from utils.contracts import Bag, SlideOutput, StepLoss
 from utils.losses import LOSSES
 
@@ -33,7 +32,6 @@ class ABMIL(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.n_classes = n_classes
         self.bag_loss = LOSSES.get(bag_loss)
         self.attention_net = AttentionNet(
             embed_dim=embed_dim, model_size=model_size, gated=gated, rows=1,
@@ -49,7 +47,4 @@ class ABMIL(nn.Module):
 
     def losses(self, bag: Bag) -> Iterator[StepLoss]:
         """The slide loss, once."""
-        output = self(bag)
-        label = torch.tensor([label_of(bag, self.n_classes)], device=output.logits.device)
-        loss = self.bag_loss(output.logits, label)
-        yield StepLoss(value=loss, slide_loss=loss.detach(), output=output)
+        yield slide_step(self(bag), bag, self.bag_loss)

@@ -55,11 +55,6 @@ class EncoderSpec:
     default_px: int = 224
     gated: bool = False
 
-    @property
-    def checkpoint_env(self) -> str | None:
-        """The environment variable that may name the weight file."""
-        return self.weights.env
-
 
 ENCODERS: Registry[EncoderSpec] = Registry("encoder")
 

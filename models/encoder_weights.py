@@ -136,7 +136,7 @@ def rename(state: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]
 
 def _given(name: str, source: WeightSource, checkpoint: Path | None) -> Path | None:
     from_env = os.environ.get(source.env) if source.env else None
-    path, origin = (checkpoint, "--encoder_ckpt") if checkpoint else (
+    path, origin = (checkpoint, "--encoder_ckpt (or ckpt_path)") if checkpoint else (
         Path(from_env) if from_env else None, source.env)
     if path is not None and not path.is_file():
         raise Refused(f"the weights of encoder '{name}' given by {origin} are not a file: {path}")
@@ -198,7 +198,7 @@ def _missing(name: str, source: WeightSource) -> str:
         text += (f"they are not in the hub cache and https://huggingface.co/{source.hub_id} cannot "
                  f"be reached; fetch its {source.hub_files[0]}"
                  + (f" (or {source.url})" if source.url else "") + " elsewhere and ")
-    text += "give the file by --encoder_ckpt"
+    text += "give the file by --encoder_ckpt (in a heatmap's config: ckpt_path)"
     return text + (f" or {source.env}=path" if source.env else "")
 
 

@@ -1,4 +1,4 @@
-"""Small layers the slide models share: cheap dropout, and the checks on what enters a model.
+"""Small layers the slide models share: cheap dropout, checks of what enters, the plain loss.
 
 Dropout on a CPU spends most of its time drawing one random number an element. Here eight (or
 four) elements share one 64-bit draw of torch's generator, so ``torch.manual_seed`` still decides
@@ -7,13 +7,13 @@ every mask; on other devices the native draw is fast and is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from utils.contracts import Bag
+from utils.contracts import Bag, SlideOutput, StepLoss
 from utils.errors import ItemFailed
 
 
@@ -21,19 +21,28 @@ def features_of(bag: Bag, width: int) -> torch.Tensor:
     """The (N, width) features of a bag; ``ItemFailed`` when it is empty or of another width."""
     features = bag.features
     if features.ndim != 2 or features.shape[1] != width:
-        raise ItemFailed(f"slide {bag.slide_id}: features have shape {tuple(features.shape)}, "
+        raise ItemFailed(f"{bag.slide_id}: features have shape {tuple(features.shape)}, "
                          f"the model expects (patches, {width})")
     if features.shape[0] == 0:
-        raise ItemFailed(f"slide {bag.slide_id}: the bag has no patches")
+        raise ItemFailed(f"{bag.slide_id}: the bag has no patches")
     return features
 
 
 def label_of(bag: Bag, n_classes: int) -> int:
     """The bag's class index; ``ItemFailed`` when it has none or one the model does not know."""
     if bag.label is None or not 0 <= bag.label < n_classes:
-        raise ItemFailed(f"slide {bag.slide_id}: label is {bag.label}, "
+        raise ItemFailed(f"{bag.slide_id}: label is {bag.label}, "
                          f"the model expects 0 to {n_classes - 1}")
     return bag.label
+
+
+def slide_step(
+    output: SlideOutput, bag: Bag, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> StepLoss:
+    """The one loss of a model that learns from the slide's label alone."""
+    label = torch.tensor([label_of(bag, output.logits.shape[1])], device=output.logits.device)
+    value = loss(output.logits, label)
+    return StepLoss(value=value, slide_loss=value.detach(), output=output)
 
 
 def stack_linears(linears: Iterable[nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from models.attention import HIDDEN
-from models.layers import ReluDropout, features_of, label_of
+from models.layers import ReluDropout, features_of, slide_step
 from utils.contracts import Bag, SlideOutput, StepLoss
 from utils.losses import LOSSES
 
@@ -27,7 +27,6 @@ class MIL_fc_mc(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.n_classes = n_classes
         self.bag_loss = LOSSES.get(bag_loss)
         self.fc = nn.Sequential(nn.Linear(embed_dim, HIDDEN), ReluDropout(dropout))
         self.add_module(self.head_name, nn.Linear(HIDDEN, n_classes))
@@ -58,10 +57,7 @@ class MIL_fc_mc(nn.Module):
 
     def losses(self, bag: Bag) -> Iterator[StepLoss]:
         """The slide loss, once."""
-        output = self(bag)
-        label = torch.tensor([label_of(bag, self.n_classes)], device=output.logits.device)
-        loss = self.bag_loss(output.logits, label)
-        yield StepLoss(value=loss, slide_loss=loss.detach(), output=output)
+        yield slide_step(self(bag), bag, self.bag_loss)
 
 
 class MIL_fc(MIL_fc_mc):

@@ -53,7 +53,7 @@ class TrainedModel:
         Encoders are compared by name and weights, where both sides know them.
         """
         if width != self.spec.embed_dim:
-            remedy = "" if self.described else f", or give --embed_dim {width}"
+            remedy = "" if self.described else f", or give embed_dim {width}"
             raise Refused(f"checkpoint {self.path} expects features of width "
                           f"{self.spec.embed_dim}, found {width}: use the features of the "
                           f"training{remedy}")
@@ -97,7 +97,7 @@ def load_trained(path: Path, *, class_names: Sequence[str], fold: int | None = N
     try:
         clean, notes = clean_state_dict(state, build_slide_model(spec))
     except Refused as error:
-        remedy = "" if record else ": give --model_type, --model_size, --embed_dim as in training"
+        remedy = "" if record else ": give model_type, model_size and embed_dim as in training"
         raise Refused(f"checkpoint {path}: {str(error).removeprefix('checkpoint: ')}{remedy}"
                       ) from None
     return TrainedModel(path=path, spec=spec, state=clean, sha256=sha256,
@@ -114,11 +114,11 @@ def _described_spec(path: Path, record: Any, class_names: Sequence[str], fold: i
     missing = {"model_type", "embed_dim", "n_classes"} - set(values)
     if missing:
         raise Refused(f"{path}: spec has no {', '.join(sorted(missing))}")
-    wrong = [f"--{_FLAG_OF.get(name, name)} is {value}, but the checkpoint was trained with "
+    wrong = [f"{_FLAG_OF.get(name, name)} is {value}, but the checkpoint was trained with "
              f"{values[name]}" for name, value in given.items()
              if name in values and values[name] != value]
     if wrong:
-        raise Refused(f"{'; '.join(wrong)} (says {path}): leave the flag out")
+        raise Refused(f"{'; '.join(wrong)} (says {path}): leave it out")
     if fold is not None and record.get("fold") not in (None, fold):
         raise Refused(f"{path} belongs to fold {record['fold']}, expected fold {fold}: files were "
                       "renamed or mixed")

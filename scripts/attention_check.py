@@ -34,7 +34,7 @@ def attention_of_fold(
     """Run fold ``fold``'s checkpoint on slides and yield their attention."""
     import torch
 
-    from datasets.bags import FeatureStore
+    from datasets.features import FeatureStore
     from models.slide_models import SlideModelSpec, build_slide_model
     from utils.contracts import Bag
 

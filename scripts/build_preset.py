@@ -18,19 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from utils.errors import run_script
+from utils.errors import EXIT_OK, run_script
 from utils.options import option, parse
 from utils.storage import safe_id, writable_folder, write_text
-from wsi_core.presets import CONTOUR_RULES, DEFAULTS, format_cell, parse_parameters
-
-COLUMNS = ("seg_level", "sthresh", "mthresh", "close", "use_otsu", "keep_ids", "exclude_ids",
-           "a_t", "a_h", "max_n_holes", "vis_level", "line_thickness", "white_thresh",
-           "black_thresh", "use_padding", "contour_fn")
+from wsi_core.presets import (
+    CONTOUR_RULES,
+    DEFAULTS,
+    PARAMETER_NAMES,
+    format_cell,
+    parse_parameters,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Flags of this script; ``wsi_core.presets.PatchingParameters`` explains the parameters."""
+    """Flags of build_preset.py; ``wsi_core.presets.PatchingParameters`` explains the parameters."""
 
     preset_name: str = option(help="file name of the preset, e.g. mine.csv")
     seg_level: int = option(-1, help="pyramid level to segment; -1: automatic")
@@ -53,21 +55,21 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the preset; returns the exit code."""
     options = parse(Options, prog="build_preset.py", argv=argv, config_flag=False,
-                    description=(__doc__ or "").partition("\n")[0])
+                    description=__doc__ or "")
     name = safe_id(options.preset_name, what="--preset_name")
-    cells = {key: value for key, value in asdict(options).items() if key in COLUMNS}
+    cells = {key: value for key, value in asdict(options).items() if key in PARAMETER_NAMES}
     parameters = parse_parameters({**cells, "use_padding": options.padding}, defaults=DEFAULTS)
-    row = {column: format_cell(getattr(parameters, column)) for column in COLUMNS}
+    row = {column: format_cell(getattr(parameters, column)) for column in PARAMETER_NAMES}
     row.update({key: row[key].upper() for key in ("use_otsu", "use_padding")})
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, PARAMETER_NAMES, lineterminator="\n")
     writer.writeheader()
     writer.writerow(row)
-    folder = writable_folder(Path("presets"), what="the folder")
+    folder = writable_folder(Path("presets"), what="presets folder")
     path = folder / (name if name.endswith(".csv") else f"{name}.csv")
     write_text(path, text.getvalue())
     print(f"{path} written: use it with create_patches_fp.py --preset {path.name}")
-    return 0
+    return EXIT_OK
 
 
 if __name__ == "__main__":

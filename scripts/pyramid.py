@@ -1,4 +1,4 @@
-"""Write an RGB picture as a tiled pyramidal TIFF that OpenSlide opens (demo, tests, benchmarks)."""
+"""Write an RGB picture as a tiled JPEG pyramid that OpenSlide opens (demo, tests, benchmarks)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ def write_pyramid(
     *,
     downsamples: tuple[float, ...] = (1, 2, 4),
     tile: int = 256,
-    compression: str | None = "jpeg",
     photometric: str = "ycbcr",
     mpp: float | None = 0.5,
     description: str | None = None,
     quality: int = 90,
-    subsampling: tuple[int, int] = (2, 2),
 ) -> Path:
     """Write ``image`` (H, W, 3) uint8 RGB with one level for each of ``downsamples``.
 
-    ``photometric`` "rgb" with jpeg gives the Aperio kind (no YCbCr inside the JPEG). ``mpp`` is
+    ``photometric`` "rgb" gives the Aperio kind (no YCbCr inside the JPEG). ``mpp`` is
     micrometres per pixel of level 0, written as TIFF resolution; None leaves it out.
     """
     import tifffile
@@ -35,14 +33,12 @@ def write_pyramid(
             size = (max(1, round(width / downsample)), max(1, round(height / downsample)))
             level = image if downsample == 1 else cv2.resize(
                 image, size, interpolation=cv2.INTER_AREA)
-            extra: dict[str, Any] = {}
+            extra: dict[str, Any] = {"compressionargs": {"level": quality,
+                                                         "outcolorspace": photometric}}
             if mpp is not None:
                 per_cm = 1e4 / (mpp * downsample)
                 extra.update(resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
-            if compression == "jpeg":
-                extra["compressionargs"] = {"level": quality, "outcolorspace": photometric}
-                extra["subsampling"] = subsampling
-            tif.write(level, tile=(tile, tile), compression=compression, photometric="rgb",
-                      subfiletype=0 if index == 0 else 1, metadata=None,
+            tif.write(level, tile=(tile, tile), compression="jpeg", subsampling=(2, 2),
+                      photometric="rgb", subfiletype=0 if index == 0 else 1, metadata=None,
                       description=description if index == 0 else None, **extra)
     return Path(path)

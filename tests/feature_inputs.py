@@ -57,12 +57,18 @@ class Inputs:
                 "--model_name", "efficientnet_lite0", "--target_patch_size", "64"]
 
 
-def write_tiny_encoder(path: Path) -> list[str]:
-    """Weights of timm's smallest network, and the flags that use them."""
+def save_network(path: Path, name: str = "test_resnet") -> Path:
+    """A checkpoint of a network of timm's: seeded random weights, classifier included."""
     import timm
 
     torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    torch.save(timm.create_model(name).state_dict(), path)
+    return path
+
+
+def write_tiny_encoder(path: Path) -> list[str]:
+    """Weights of timm's smallest network, and the flags that use them."""
+    save_network(path)
     return ["--model_name", "timm:test_resnet", "--encoder_ckpt", str(path)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tests.feature_inputs import save_network
 from tests.slides import tissue_image, write_pyramid
 
 EMBED_DIM = 96  # of the encoder test_resnet
@@ -30,15 +31,10 @@ PRODUCTION = "prod/exp/tumor/s_0_0.5_roi_0_blur_0_rs_1_bc_0_a_0.4_l_1_bi_0_-1.0.
 
 def make_project(root: Path) -> Path:
     """Two slides of 1024 x 768 (levels 1, 2, 4), labels tumor and normal."""
-    import timm
-    import torch
-
     for seed in range(2):
         (root / "slides").mkdir(exist_ok=True, parents=True)
         write_pyramid(root / f"slides/s_{seed}.tif", tissue_image(1024, 768, seed=seed))
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(),
-               root / "encoder.pt")
+    save_network(root / "encoder.pt")
     write_checkpoint(root / "s_0_checkpoint.pt", "clam_sb")
     (root / "preset.csv").write_text("sthresh,mthresh,close,a_t,a_h\n15,11,2,0.1,0.01\n")
     (root / "list.csv").write_text("slide_id,label,x1,x2,y1,y2\n"

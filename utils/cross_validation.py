@@ -1,15 +1,20 @@
-"""One fold of a cross-validation: train, test, write everything, record it as finished."""
+"""The work of a cross-validation: a fold trained, tested and recorded, and folds side by side.
+
+Where the files of a fold lie and how far it is: ``utils.folds``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.contracts import Bag
 from utils.distributed import Group
+from utils.errors import ItemFailed
 from utils.folds import FoldFiles, finish_fold, write_results
 from utils.metrics import SlideMetrics
+from utils.parallel import Outcome, describe_os_error, run_items
 from utils.report import Row
 from utils.tracking import TensorBoardTracker, Tracker
 
@@ -18,6 +23,34 @@ if TYPE_CHECKING:
     import torch
 
     from utils.engine import FitOptions, FitResult, Predictions
+
+Result = TypeVar("Result")
+
+
+def run_folds(
+    work: Callable[..., Result], folds: Sequence[int], *, workers: int, group: Group,
+    arguments: dict[str, Any],
+) -> Iterator[Outcome[int, Result]]:
+    """``work(fold, **arguments)`` for each fold; one that fails does not stop the others.
+
+    One worker is this process itself.
+
+    In a group of processes only a failure that all of them share costs just the fold: any other
+    leaves the group out of step, so it ends the run.
+    """
+    if group.size == 1:
+        yield from run_items(work, folds, workers=workers if workers > 1 else 0,
+                             arguments=arguments)
+        return
+    from utils.training_loop import FitFailed
+
+    for fold in folds:
+        try:
+            yield Outcome(fold, work(fold, **arguments), None, 0.0)
+        except FitFailed as error:
+            yield Outcome(fold, None, str(error), 0.0)
+        except OSError as error:
+            raise ItemFailed(f"fold {fold}: {describe_os_error(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ A message is one line for a person: what, which slide, what was expected, what t
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from types import FrameType
 EXIT_OK = 0  # everything done, or done before
 EXIT_REFUSED = 2  # refused before any work
 EXIT_FAILED = 3  # finished, some items failed: each is in the report with its reason
+
+EXIT_UNREAD = 141  # the reader of our output is gone, as a shell says it (128 + SIGPIPE)
 
 # What a disk or network can do to any script, as against a file we forgot to check
 _SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
@@ -50,18 +53,26 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
 def run_script(main: Callable[[], int]) -> int:
     """Run a script's ``main`` and turn what it raises into one line and an exit code.
 
-    0 done, 2 refused before work, 3 finished with failures, 130 Ctrl-C, 143 SIGTERM.
+    0 done, 2 refused before work, 3 finished with failures, 130 Ctrl-C, 143 SIGTERM,
+    141 when nothing reads the output any more.
     Anything else is a bug of ours and keeps its trace.
     """
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except ItemFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except BrokenPipeError:  # "| head" has seen enough; what is still buffered has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("interrupted: nothing reads the output any more; what was finished is kept, run the "
+              "same command again to go on", file=sys.stderr)
+        return EXIT_UNREAD
     except OSError as error:
         if error.errno not in _SURROUNDINGS:
             raise

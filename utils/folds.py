@@ -7,18 +7,16 @@ that it was begun. Folds of other settings are never mixed in, nor replaced unle
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils import __version__
-from utils.distributed import Group
-from utils.errors import BrokenFile, ItemFailed, Refused
-from utils.parallel import Outcome, describe_os_error, run_items
+from utils.errors import BrokenFile, Refused
 from utils.report import Row, Status
 from utils.storage import (
     differences,
@@ -34,10 +32,9 @@ from utils.training_state import STATE_FILE, discard_state, load_state, same_par
 if TYPE_CHECKING:
     from utils.engine import Predictions
 
-Result = TypeVar("Result")
-
 SUMMARY_COLUMNS = ("test_auc", "val_auc", "test_acc", "val_acc")
-_OF_ONE_FOLD = ("slides", "left_out")  # settings in which folds of one experiment may differ
+# Settings in which folds of one experiment may differ
+_OF_ONE_FOLD = ("slides", "n_patches", "left_out")
 
 
 class FoldState(str, Enum):
@@ -169,34 +166,6 @@ def check_other_folds(folder: Path, folds: range, settings: Mapping[str, Any]) -
         if not same_parameters(found, wanted):
             raise Refused(f"fold {record.get('fold')} in {folder} was trained with other settings "
                           f"({differences(found, wanted)}): choose another --exp_code")
-
-
-# ---------------------------------------------------------------------------- work
-
-def run_folds(
-    work: Callable[..., Result], folds: Sequence[int], *, workers: int, group: Group,
-    arguments: dict[str, Any],
-) -> Iterator[Outcome[int, Result]]:
-    """``work(fold, **arguments)`` for each fold; one that fails does not stop the others.
-
-    One worker is this process itself.
-
-    In a group of processes only a failure that all of them share costs just the fold: any other
-    leaves the group out of step, so it ends the run.
-    """
-    if group.size == 1:
-        yield from run_items(work, folds, workers=workers if workers > 1 else 0,
-                             arguments=arguments)
-        return
-    from utils.training_loop import FitFailed
-
-    for fold in folds:
-        try:
-            yield Outcome(fold, work(fold, **arguments), None, 0.0)
-        except FitFailed as error:
-            yield Outcome(fold, None, str(error), 0.0)
-        except OSError as error:
-            raise ItemFailed(f"fold {fold}: {describe_os_error(error)}") from None
 
 
 # ---------------------------------------------------------------------------- writing

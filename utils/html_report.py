@@ -96,9 +96,9 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def format_number(value: float, *, digits: int = 3) -> str:
+def format_number(value: float) -> str:
     """``0.912``, or an em dash for NaN."""
-    return "—" if value != value else f"{value:.{digits}f}"
+    return "—" if value != value else f"{value:.3f}"
 
 
 def format_interval(value: float, low: float, high: float) -> str:

@@ -56,22 +56,19 @@ class SlideMetrics:
 
 
 def slide_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, *, micro_average: bool = False,
-    predicted: np.ndarray | None = None,
+    probabilities: np.ndarray, labels: np.ndarray, *, micro_average: bool = False
 ) -> SlideMetrics:
     """Metrics of probabilities (n, C) against class indices (n,).
 
     micro_average: for C > 2, one AUC over all n * C (one-hot label, probability) pairs.
-    predicted: (n,) class guesses where they are not simply the most probable class.
     Raises ValueError when the shapes do not belong together or a label is no class.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     labels = np.asarray(labels, dtype=np.int64)
     _check(probabilities, labels)
     n, n_classes = probabilities.shape
-    predicted = probabilities.argmax(axis=1) if predicted is None else np.asarray(predicted)
     confusion = np.zeros((n_classes, n_classes), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
+    np.add.at(confusion, (labels, probabilities.argmax(axis=1)), 1)
     counts, correct = confusion.sum(axis=1), confusion.diagonal()
     one_hot = np.eye(n_classes, dtype=np.int64)[labels]
     reason = _why_undefined(probabilities, counts)

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,6 +27,7 @@ from utils.storage import plain, write_text
 T = TypeVar("T")
 
 _YAML_MAX_BYTES = 1 << 20
+_YAML_MAX_DEPTH = 50  # PyYAML's time grows with the square of it
 _MISSING = dataclasses.MISSING
 
 
@@ -62,7 +64,7 @@ def parse(kind: type[T], *, prog: str, description: str, argv: Sequence[str] | N
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=_Help,
         epilog="exit codes: 0 all done, 2 refused before work, 3 finished with failures, "
-               "130/143 interrupted")
+               "130/141/143 interrupted")
     parser.add_argument("--version", action="version", version=f"MILwright {__version__}")
     if config_flag:
         parser.add_argument("--config", metavar="YAML",
@@ -79,14 +81,17 @@ def parse(kind: type[T], *, prog: str, description: str, argv: Sequence[str] | N
     return build(kind, values)
 
 
-def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of ``kind``, its required fields present and its limits checked."""
+def build(kind: type[T], values: Mapping[str, Any], *, prefix: str = "--") -> T:
+    """An instance of ``kind``, its required fields present and its limits checked.
+
+    prefix: what stands before a field's name in a message: that of a flag, or a place in a file
+    """
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         if item.name not in values:
             if item.default is _MISSING:
-                raise Refused(f"--{item.name} is required ({item.metadata['help']})")
+                raise Refused(f"{prefix}{item.name} is required ({item.metadata['help']})")
             continue
-        _check(item, values[item.name])
+        _check(item, values[item.name], prefix)
     return kind(**values)
 
 
@@ -152,14 +157,17 @@ def _strip_none(hint: Any) -> Any:
     return hint
 
 
-def _check(item: dataclasses.Field[Any], value: Any) -> None:
+def _check(item: dataclasses.Field[Any], value: Any, prefix: str) -> None:
     low, high = item.metadata.get("low"), item.metadata.get("high")
     for one in value if isinstance(value, tuple | list) else (value,):
         if isinstance(one, bool) or not isinstance(one, int | float):
             continue
-        if one != one or (low is not None and one < low) or (high is not None and one > high):
-            span = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise Refused(f"--{item.name} is {one}, expected {span}")
+        finite = one == one and abs(one) != inf
+        if not finite or (low is not None and one < low) or (high is not None and one > high):
+            span = (f"from {low} to {high}" if None not in (low, high) else
+                    f"at least {low}" if low is not None else
+                    f"at most {high}" if high is not None else "a finite number")
+            raise Refused(f"{prefix}{item.name} is {one}, expected {span}")
 
 
 # ---------------------------------------------------------------------------- yaml
@@ -177,19 +185,31 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise Refused(f"{path} is not UTF-8 text") from None
     try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken):
-                raise Refused(f"{path} uses YAML aliases (*name): write the value out")
+        _check_tokens(text, path)
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise Refused(f"{path} is not plain YAML ({' '.join(str(error).split())})") from None
-    except RecursionError:
-        raise Refused(f"{path} is nested too deeply") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise Refused(f"{path} holds a {type(value).__name__}, expected 'key: value' lines")
     return {str(key): item for key, item in value.items()}
+
+
+def _check_tokens(text: str, path: Path) -> None:
+    """``Refused`` for aliases and deep nesting, before a tree is built of them."""
+    import yaml
+
+    opening = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken,
+               yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+    closing = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise Refused(f"{path} uses YAML aliases (*name): write the value out")
+        depth += isinstance(token, opening) - isinstance(token, closing)
+        if depth > _YAML_MAX_DEPTH:
+            raise Refused(f"{path} is nested too deeply (more than {_YAML_MAX_DEPTH} levels)")
 
 
 def from_mapping(kind: type, mapping: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -208,7 +228,7 @@ def from_mapping(kind: type, mapping: Mapping[str, Any], *, source: str) -> dict
             raise Refused(f"{source}: unknown key '{key}', {hint}")
         values[key] = convert(value, hints[key], where=f"{source}: {key}")
         if known[key].metadata:
-            _check(known[key], values[key])
+            _check(known[key], values[key], f"{source}: ")
     return values
 
 

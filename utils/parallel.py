@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
-from utils.errors import ItemFailed, MilwrightError
+from utils.errors import MilwrightError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,7 +63,7 @@ def run_items(
         yield from _run_pool(work, [item], 1, arguments, again)
         if again:
             yield Outcome(item, None, "its worker process died (out of memory, or a crash in a "
-                          "library): try fewer --workers or a smaller batch", 0.0)
+                          "library): try fewer workers or a smaller batch", 0.0)
 
 
 def _run_pool(
@@ -121,14 +121,12 @@ def _timed(
     start = time.monotonic()
     try:
         return work(item, **arguments), None, time.monotonic() - start
-    except ItemFailed as error:
-        return None, str(error), time.monotonic() - start
     except MilwrightError as error:
         return None, str(error), time.monotonic() - start
     except OSError as error:
         return None, describe_os_error(error), time.monotonic() - start
     except MemoryError:
-        return None, "out of memory: try fewer --workers or a smaller batch", \
+        return None, "out of memory: try fewer workers or a smaller batch", \
             time.monotonic() - start
     except Exception as error:  # the one place where an item's failure becomes a row
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""One registry class for encoders, slide models, losses, splitters, segmenters.
+"""One registry class, for encoders, slide models and losses.
 
 Adding an entry is one decorated class or function in one new file.
 """

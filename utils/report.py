@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils import __version__
 from utils.errors import EXIT_FAILED, EXIT_OK
 from utils.storage import plain, write_json, write_text
+
+if TYPE_CHECKING:
+    from utils.parallel import Outcome
 
 
 class Status(str, Enum):
@@ -27,13 +30,21 @@ class Status(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One item of a run. ``numbers`` are further columns, e.g. ``patches``."""
+    """One item of a run. ``numbers`` are further columns, e.g. ``n_patches``."""
 
     item: str
     status: Status
     reason: str = ""
     seconds: float = 0.0
     numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def outcome_row(item: str, outcome: Outcome[Any, Row]) -> Row:
+    """The row of an item that ``run_items`` worked on: its worker's with the time, or a failure."""
+    if outcome.result is not None:
+        return replace(outcome.result, seconds=outcome.seconds)
+    return Row(item=item, status=Status.FAILED, reason=outcome.error or "",
+               seconds=outcome.seconds)
 
 
 class RunReport:

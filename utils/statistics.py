@@ -21,6 +21,7 @@ from utils.metrics import (
     slide_metrics,
 )
 
+LEVEL = 0.95  # of every interval
 METRICS = ("auc", "accuracy", "balanced_accuracy", "macro_f1", "average_precision", "brier", "ece")
 
 _CHUNK_CELLS = 1 << 20  # weights held at once: 8 MiB, so that the passes stay in the cache's reach
@@ -120,10 +121,9 @@ def estimate_metrics(
     *,
     resamples: int = 1000,
     seed: int = 1,
-    level: float = 0.95,
     micro_average: bool = False,
 ) -> dict[str, Estimate]:
-    """Every metric with its percentile interval over patients drawn with replacement.
+    """Every metric with its 95 % percentile interval over patients drawn with replacement.
 
     probabilities (n, C), labels (n,), patients: n ids. A resample in which a metric is undefined
     (one class only) is left out of that metric's interval and shows in ``valid``. Equal seeds
@@ -142,7 +142,7 @@ def estimate_metrics(
         draws = _bootstrap(probabilities, labels, patient, number, resamples, seed, micro_average)
     undefined = slide_metrics(probabilities, labels).auc_reason
     return {name: _estimate(float(values[name][0]), draws.get(name), resamples=resamples,
-                            level=level, undefined=undefined) for name in METRICS}
+                            undefined=undefined) for name in METRICS}
 
 
 def _bootstrap(probabilities: np.ndarray, labels: np.ndarray, patient: np.ndarray, number: int,
@@ -162,8 +162,8 @@ def _bootstrap(probabilities: np.ndarray, labels: np.ndarray, patient: np.ndarra
     return {name: np.concatenate(chunks) for name, chunks in parts.items()}
 
 
-def _estimate(value: float, draws: np.ndarray | None, *, resamples: int, level: float,
-              undefined: str) -> Estimate:
+def _estimate(value: float, draws: np.ndarray | None, *, resamples: int, undefined: str
+              ) -> Estimate:
     if np.isnan(value):
         return Estimate(value=value, resamples=resamples, reason=undefined)
     if draws is None:
@@ -172,14 +172,13 @@ def _estimate(value: float, draws: np.ndarray | None, *, resamples: int, level: 
     defined = draws[np.isfinite(draws)]
     if len(defined) == 0:
         return Estimate(value=value, resamples=resamples, reason="undefined in every resample")
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value=value, low=float(low), high=float(high), valid=len(defined),
                     resamples=resamples, reason="")
 
 
-def delong_interval(scores: np.ndarray, positive: np.ndarray, *,
-                    level: float = 0.95) -> tuple[float, float] | None:
-    """Interval of a two-class AUC by DeLong's variance, clipped to [0, 1].
+def delong_interval(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of a two-class AUC by DeLong's variance, clipped to [0, 1].
 
     scores (n,), positive (n,) bool. Slides count as independent, unlike in the bootstrap.
     None when a class has fewer than two slides or the classes are perfectly separated (the
@@ -197,6 +196,6 @@ def delong_interval(scores: np.ndarray, positive: np.ndarray, *,
     variance = beaten.var(ddof=1) / m + above.var(ddof=1) / n
     if variance <= 0:
         return None
-    half = NormalDist().inv_cdf((1 + level) / 2) * float(np.sqrt(variance))
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * float(np.sqrt(variance))
     auc = float(beaten.mean())
     return max(0.0, auc - half), min(1.0, auc + half)

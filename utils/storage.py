@@ -191,7 +191,7 @@ def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None
     write_text(path, table.to_csv(index=index))
 
 
-def read_table(path: Path, *, what: str = "table", index_col: int | None = None) -> pd.DataFrame:
+def read_table(path: Path, *, what: str = "table") -> pd.DataFrame:
     """A csv with every cell as text, byte for byte; empty cells are ``''``.
 
     The separator (``,`` ``;`` tab) is taken from the header; a byte-order mark and UTF-16 are
@@ -212,11 +212,11 @@ def read_table(path: Path, *, what: str = "table", index_col: int | None = None)
     separator = max(",;\t", key=header.count)
     try:
         table = pd.read_csv(BytesIO(text.encode()), sep=separator, dtype=str,
-                            keep_default_na=False, na_filter=False, index_col=index_col)
+                            keep_default_na=False, na_filter=False)
     except (ValueError, pd.errors.ParserError) as error:
         first = str(error).splitlines()[0]
         raise Refused(f"{what} {path} is not a csv table ({first})") from None
-    if index_col is None and not isinstance(table.index, pd.RangeIndex):  # pandas shifts them
+    if not isinstance(table.index, pd.RangeIndex):  # pandas shifts them
         raise Refused(f"{what} {path} has rows with more cells than its header: quote cells that "
                       "hold the separator")
     table.columns = [str(name).strip() for name in table.columns]

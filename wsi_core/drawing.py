@@ -20,12 +20,10 @@ def draw_mask(
     *,
     line_thickness: float = 250,
     number: bool = False,
-    offset_l0: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
     """A copy of ``image`` with tissue outlined in green and holes in blue.
 
-    image: (h, w, 3) uint8 RGB, ``downsample`` (x, y) times below level 0, its top-left corner at
-        ``offset_l0`` (level-0 px)
+    image: (h, w, 3) uint8 RGB, ``downsample`` (x, y) times below level 0
     line_thickness: level-0 px; drawn at least one pixel wide
     number: write each contour's number, as ``keep_ids`` counts, at its centroid in red
     """
@@ -35,7 +33,7 @@ def draw_mask(
     thickness = max(1, int(line_thickness / math.sqrt(downsample[0] * downsample[1])))
 
     def to_image(outline: np.ndarray) -> np.ndarray:
-        return np.asarray((outline - np.asarray(offset_l0)) / downsample, np.int32)
+        return np.asarray(outline / np.asarray(downsample), np.int32)
 
     for contour, holes in zip(tissue.contours, tissue.holes, strict=True):
         cv2.drawContours(canvas, [to_image(contour)], -1, TISSUE_COLOUR, thickness, cv2.LINE_8)

@@ -15,11 +15,10 @@ from typing import Literal
 import numpy as np
 
 from utils.errors import ItemFailed, Refused
-from wsi_core.slide import Slide, nominal_downsample, read_level
+from wsi_core.slide import WHITE, Slide, nominal_downsample, read_level
 from wsi_core.tissue import Tissue
 
 MAX_PICTURE_PIXELS = 100_000_000
-WHITE = (255, 255, 255)
 BAND_ROWS = 1024
 
 SampleMode = Literal["topk", "reverse_topk", "range_sample"]

@@ -14,13 +14,15 @@ import numpy as np
 
 from utils.errors import BrokenFile, ItemFailed, Refused
 from utils.locks import claim
-from utils.report import Status
+from utils.report import Row, Status
 from utils.storage import canonical, differences, write_image
 from wsi_core.coords import PatchCoords, read_coords, write_coords
 from wsi_core.drawing import draw_mask, draw_stitch
 from wsi_core.grid import patch_grid
-from wsi_core.presets import PatchingParameters
+from wsi_core.presets import SEGMENTATION_NAMES, PatchingParameters
 from wsi_core.slide import (
+    BLACK,
+    Colour,
     Slide,
     best_level,
     fingerprint,
@@ -31,11 +33,9 @@ from wsi_core.slide import (
 from wsi_core.tissue import Tissue, segment_image
 
 OVERVIEW_DOWNSAMPLE = 64.0  # automatic levels: the coarsest at most this far below level 0
-BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 # What decides coordinates; levels and thicknesses of pictures do not.
-_DECISIVE = ("sthresh", "mthresh", "close", "use_otsu", "keep_ids", "exclude_ids", "a_t", "a_h",
-             "max_n_holes", "use_padding", "contour_fn")
+_DECISIVE = (*SEGMENTATION_NAMES, "use_padding", "contour_fn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class PatchPlan:
     step_size: int = 256
     patch_level: int = 0
     custom_downsample: int = 1
-    background: tuple[int, int, int] = BLACK
+    background: Colour = BLACK
     require_mpp: bool = False
     segment: bool = True
     make_patches: bool = True
@@ -80,15 +80,6 @@ class PatchJob:
         return self.slide_path.stem
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchResult:
-    """What became of a slide; ``cells`` go into its row of the process list."""
-
-    status: Status
-    reason: str = ""
-    cells: dict[str, Any] = field(default_factory=dict)
-
-
 class Left(Enum):
     """What is left to do on a slide."""
 
@@ -104,7 +95,7 @@ class Standing:
 
     left: Left
     why: str = ""
-    cells: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------- what is there
@@ -163,13 +154,13 @@ def find_standing(job: PatchJob, plan: PatchPlan) -> Standing:
                                    seg_level_auto=automatic)
         if canonical(found.parameters) != canonical(wanted):
             return Standing(left=Left.CONFLICT, why=differences(found.parameters, wanted))
-    cells: dict[str, Any] = {"n_patches": len(found)}
+    numbers: dict[str, Any] = {"n_patches": len(found)}
     if found.tissue is not None:
-        cells["n_contours"] = len(found.tissue.contours)
+        numbers["n_contours"] = len(found.tissue.contours)
     picture = _stitch_path(job, plan)
     drawn = picture.exists() or picture.with_suffix(".png").exists()
     left = Left.STITCH if plan.make_stitch and len(found) and not drawn else Left.NOTHING
-    return Standing(left=left, cells=cells)
+    return Standing(left=left, numbers=numbers)
 
 
 def _stitch_path(job: PatchJob, plan: PatchPlan) -> Path:
@@ -178,7 +169,7 @@ def _stitch_path(job: PatchJob, plan: PatchPlan) -> Path:
 
 # ---------------------------------------------------------------------------- the work
 
-def patch_slide(job: PatchJob, *, plan: PatchPlan) -> PatchResult:
+def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
     """Do what the plan asks of one slide.
 
     Raises ItemFailed (SlideError, BrokenFile) with one line that names the slide.
@@ -189,10 +180,11 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> PatchResult:
         cv2.setNumThreads(1)
     with claim(h5_path(job, plan)) as mine:
         if not mine:
-            return PatchResult(status=Status.BUSY, reason="another process works on this slide")
+            return Row(item=job.slide_path.name, status=Status.BUSY,
+                       reason="another process works on it")
         standing = find_standing(job, plan)  # another process may have been here since
         if standing.left is Left.NOTHING:
-            return PatchResult(status=Status.SKIPPED, cells=standing.cells)
+            return Row(item=job.slide_path.name, status=Status.SKIPPED, numbers=standing.numbers)
         if standing.left is Left.CONFLICT:
             raise ItemFailed(f"{h5_path(job, plan)} was just made with other parameters: "
                              f"{standing.why}")
@@ -220,7 +212,7 @@ class _Overviews:
         return self._read[level]
 
 
-def _process(slide: Slide, job: PatchJob, plan: PatchPlan) -> PatchResult:
+def _process(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
     slide_mpp = _pixel_size(slide, job, plan)
     seg_level = automatic_level(slide, job.parameters.seg_level)
     vis_level = automatic_level(slide, job.parameters.vis_level)
@@ -232,17 +224,17 @@ def _process(slide: Slide, job: PatchJob, plan: PatchPlan) -> PatchResult:
     mask = draw_mask(*overviews[vis_level], tissue,
                      line_thickness=job.parameters.line_thickness)
     _write_picture(plan.save_dir / "masks" / f"{job.slide_id}.jpg", mask)
-    cells = {"seg_level": seg_level, "vis_level": vis_level,
+    numbers = {"seg_level": seg_level, "vis_level": vis_level,
              "n_contours": len(tissue.contours), "n_patches": "",
              "mpp_used": f"{sum(slide_mpp) / 2:.6g}" if slide_mpp else ""}
     if not plan.make_patches:
         if plan.make_stitch and h5_path(job, plan).exists():
             _stitch_only(slide, job, plan)
-        return _result(tissue, cells, None, job)
+        return _result(tissue, numbers, None, job)
     patches = _grid(slide, tissue, slide_mpp, seg_level, job, plan)
     _stitch(overviews, patches, job, plan)
     write_coords(h5_path(job, plan), patches, save_path=str(plan.save_dir / "patches"))
-    return _result(tissue, {**cells, "n_patches": len(patches)}, patches, job)
+    return _result(tissue, {**numbers, "n_patches": len(patches)}, patches, job)
 
 
 def _pixel_size(slide: Slide, job: PatchJob, plan: PatchPlan) -> tuple[float, float] | None:
@@ -302,22 +294,22 @@ def _write_picture(path: Path, image: np.ndarray) -> None:
             path.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def _stitch_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> PatchResult:
+def _stitch_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
     path = h5_path(job, plan)
     if not path.exists():
         raise ItemFailed(f"{path} is not there to stitch: run with --seg --patch first")
     patches = read_coords(path)
     _stitch(_Overviews(slide), patches, job, plan)
-    return PatchResult(status=Status.DONE if len(patches) else Status.EMPTY,
-                       reason="" if len(patches) else "the coordinates file has no patches",
-                       cells={"n_patches": len(patches)})
+    return Row(item=job.slide_path.name, status=Status.DONE if len(patches) else Status.EMPTY,
+               reason="" if len(patches) else "the coordinates file has no patches",
+               numbers={"n_patches": len(patches)})
 
 
-def _result(tissue: Tissue, cells: dict[str, Any], patches: PatchCoords | None,
-            job: PatchJob) -> PatchResult:
+def _result(tissue: Tissue, numbers: dict[str, Any], patches: PatchCoords | None,
+            job: PatchJob) -> Row:
     """Done, or empty with the reason why."""
     if tissue.contours and (patches is None or len(patches)):
-        return PatchResult(status=Status.DONE, cells=cells)
+        return Row(item=job.slide_path.name, status=Status.DONE, numbers=numbers)
     if tissue.contours:
         reason = (f"{len(tissue.contours)} pieces of tissue, but no patch lies in them: "
                   "try a smaller --patch_size or another contour_fn")
@@ -327,4 +319,4 @@ def _result(tissue: Tissue, cells: dict[str, Any], patches: PatchCoords | None,
                   "process list")
     else:
         reason = "no tissue: nothing on the slide is coloured enough"
-    return PatchResult(status=Status.EMPTY, reason=reason, cells=cells)
+    return Row(item=job.slide_path.name, status=Status.EMPTY, reason=reason, numbers=numbers)

@@ -81,6 +81,8 @@ class PatchingParameters:
 DEFAULTS = PatchingParameters()
 HEATMAP_DEFAULTS = PatchingParameters(sthresh=15, mthresh=11, close=2, a_t=50.0, a_h=8.0,
                                       max_n_holes=10)
+SEGMENTATION_NAMES = ("sthresh", "mthresh", "close", "use_otsu", "keep_ids", "exclude_ids", "a_t",
+                      "a_h", "max_n_holes")  # what decides outlines, beside the level
 PARAMETER_NAMES = tuple(item.name for item in dataclasses.fields(PatchingParameters))
 
 

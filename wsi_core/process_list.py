@@ -25,7 +25,7 @@ RESULT_COLUMNS = ("n_contours", "n_patches", "mpp_used", "reason")
 LEGACY_AREA = "a"  # lists of old: smallest area in pixels of seg_level
 _RESET_BY_LEGACY = ("a_t", "a_h", "max_n_holes", "line_thickness", "contour_fn")
 
-Row = dict[str, str]
+Cells = dict[str, str]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ProcessList:
     """Column names in their order, and a row of text cells for each slide, by its file name."""
 
     columns: list[str]
-    rows: dict[str, Row]
+    rows: dict[str, Cells]
 
     def save(self, path: Path) -> None:
         """Write the csv, whole or not at all."""
@@ -74,7 +74,7 @@ def read_list(path: Path, defaults: PatchingParameters) -> ProcessList:
     return _complete(columns, rows, defaults)
 
 
-def _complete(columns: list[str], rows: list[Row], defaults: PatchingParameters) -> ProcessList:
+def _complete(columns: list[str], rows: list[Cells], defaults: PatchingParameters) -> ProcessList:
     fills = {"process": "1", "status": TO_BE_PROCESSED,
              **{name: format_cell(getattr(defaults, name)) for name in LISTED_PARAMETERS}}
     for row in rows:
@@ -129,7 +129,7 @@ def is_legacy(row: Mapping[str, str]) -> bool:
 
 
 def convert_legacy(
-    row: Row, defaults: PatchingParameters, downsample: tuple[float, float]
+    row: Cells, defaults: PatchingParameters, downsample: tuple[float, float]
 ) -> None:
     """Turn an old row into a current one, in place.
 

@@ -20,7 +20,9 @@ Backend = Literal["auto", "openslide", "tiff-tiles"]
 Colour = tuple[int, int, int]
 
 BLACK: Colour = (0, 0, 0)
+WHITE: Colour = (255, 255, 255)
 
+LEVEL_TOLERANCE = 0.01  # by which a downsample may miss a whole number, or the one asked for
 MAX_REGION_PIXELS = 2**28  # one read: 16,384 px square, 1 GiB as RGBA
 MAX_SIDE_PX = 2**24  # of level 0: 4 m at 0.25 um/px, whatever a header says
 MIN_MPP_UM, MAX_MPP_UM = 0.05, 50.0  # finer than light resolves; coarser than any overview level
@@ -143,13 +145,13 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- levels
 
-def best_level(slide: Slide, downsample: float, *, tolerance: float = 0.01) -> int:
-    """The coarsest level whose downsample is at most ``downsample * (1 + tolerance)``.
+def best_level(slide: Slide, downsample: float) -> int:
+    """The coarsest level whose downsample is at most ``downsample``, give or take 1 %.
 
     The tolerance takes in pyramids that round their level sizes (64.003 for 64). Level 0 when
     no level qualifies.
     """
-    limit = downsample * (1 + tolerance)
+    limit = downsample * (1 + LEVEL_TOLERANCE)
     means = [(x + y) / 2 for x, y in slide.level_downsamples]
     fitting = [level for level, mean in enumerate(means) if mean <= limit]
     return max(fitting, key=lambda level: means[level], default=0)
@@ -158,7 +160,8 @@ def best_level(slide: Slide, downsample: float, *, tolerance: float = 0.01) -> i
 def nominal_downsample(downsample: float) -> float:
     """The nearest whole number when within 1 % of it (3.9998 -> 4.0), else the value itself."""
     whole = float(round(downsample))
-    return whole if whole >= 1 and abs(downsample - whole) <= 0.01 * whole else downsample
+    near = whole >= 1 and abs(downsample - whole) <= LEVEL_TOLERANCE * whole
+    return whole if near else downsample
 
 
 def read_level(slide: Slide, level: int, *, max_pixels: int = 100_000_000,

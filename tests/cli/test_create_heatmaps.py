@@ -231,8 +231,10 @@ def test_flag_save_exp_code(draw: Draw) -> None:
     assert Path(PRODUCTION.replace("/exp/", "/other/")).exists()
 
 
-def test_flag_overlap(draw: Draw) -> None:
-    assert draw(None, "--overlap", "0") == 0
+@pytest.mark.parametrize(("changes", "flags"), [
+    ({}, ["--overlap", "0"]), ({"patching_arguments.overlap": 0}, [])], ids=["flag", "key"])
+def test_flag_and_key_overlap(draw: Draw, changes: dict[str, Any], flags: list[str]) -> None:
+    assert draw(changes, *flags) == 0
     coarse = read_h5(RAW / "s_0_blockmap.h5").arrays["coords"]
     assert np.array_equal(read_h5(RAW / "s_0_0.0_roi_False.h5").arrays["coords"], coarse)
     assert Path(PRODUCTION.replace("_0.5_", "_0.0_")).exists()

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import cv2
 import h5py
@@ -272,6 +273,21 @@ def test_workers_give_the_same_files(slide_folder: Path, out: Path, run_script: 
         else:
             assert path.read_bytes() == other.read_bytes()
     assert list(rows(out / "a")) == list(rows(out / "b"))
+
+
+def test_workers_are_processes(slide_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+                               ) -> None:
+    seen = []
+    run_items = create_patches_fp.run_items
+
+    def watching(*given: Any, workers: int, arguments: dict[str, Any]) -> Any:
+        seen.append((workers, arguments["plan"].single_thread))
+        return run_items(*given, workers=0, arguments=arguments)
+
+    monkeypatch.setattr(create_patches_fp, "run_items", watching)
+    for workers in (0, 2):
+        assert patch(slide_folder, out / str(workers), "--workers", workers) == 0
+    assert seen == [(0, False), (2, True)]
 
 
 def test_config_file_replaces_defaults(one: Path, out: Path, tmp_path: Path) -> None:

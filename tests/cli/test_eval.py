@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import eval as script
+from tests.html_pages import read
 from tests.trained import Cohort, make_cohort, spec_of, write_model
-from tests.unit.test_utils_html_report import read
 from utils.contracts import Bag
 from utils.errors import Refused
 from utils.metrics import slide_metrics
@@ -321,7 +321,7 @@ def test_flags_say_what_a_foreign_model_is(cohort: Cohort, run: Run, tmp_path: P
                                              ("drop_out", 0.5), ("embed_dim", 1024)])
 def test_a_flag_against_the_record_is_refused(cohort: Cohort, run: Run, flag: str,
                                               value: Any) -> None:
-    with pytest.raises(Refused, match=f"--{flag} is {value}, but the checkpoint was trained with"):
+    with pytest.raises(Refused, match=f"{flag} is {value}, but the checkpoint was trained with"):
         run(cohort, **{flag: value})
 
 

@@ -12,10 +12,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import timm
 import torch
 
-from tests.feature_inputs import Inputs, grid_coords, make_inputs, write_patches
+from tests.feature_inputs import Inputs, grid_coords, make_inputs, save_network, write_patches
 from tests.slides import tissue_image, write_pyramid
 from utils.storage import read_h5
 
@@ -30,11 +29,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of timm's test_resnet: 64 features."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.save(timm.create_model("test_resnet").state_dict(), path)
-    return path
+    """A checkpoint of timm's test_resnet: 96 features."""
+    return save_network(tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +110,7 @@ def test_the_report_says_what_was_done(finished: Path) -> None:
     report = rows(finished)
     assert [report[name]["status"] for name in ("slide_0", "slide_1", "slide_2")] == [
         "done", "empty", "done"]
-    assert report["slide_0"]["patches"] == "20"
+    assert report["slide_0"]["n_patches"] == "20"
     written = json.loads((finished / "report_features.json").read_text(encoding="utf-8"))
     assert written["options"]["model_name"] == "efficientnet_lite0"
 
@@ -129,6 +125,34 @@ def test_flags_that_change_the_way_not_the_result(
     assert run.returncode == 0, run.stderr
     np.testing.assert_allclose(features(tmp_path, "slide_0"), features(finished, "slide_0"),
                                rtol=1e-4, atol=1e-5)
+
+
+def test_flags_reach_the_work(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                              ) -> None:
+    """Those that leave the features as they are; what comes of them: test_datasets_extraction."""
+    import datasets.extraction
+    import extract_features_fp
+
+    def plan(*flags: object) -> tuple[Any, Any]:
+        seen: list[Any] = []
+        monkeypatch.setattr(datasets.extraction, "extract",
+                            lambda *given: seen.extend(given) or [])
+        extract_features_fp.main([*inputs.arguments(tmp_path), *map(str, flags)])
+        return seen[0], seen[1]
+
+    (shard,), todo = plan()
+    assert (shard.device, todo.batch_size, todo.workers, todo.bad_tiles) == (
+        "auto", 256, None, "fail")
+    assert {work.patches.backend for work in shard.works} == {"auto"}
+    (shard,), todo = plan("--device", "cpu", "--batch_size", 3, "--workers", 5, "--bad_tiles",
+                          "drop", "--backend", "openslide")
+    assert (shard.device, todo.batch_size, todo.workers, todo.bad_tiles) == ("cpu", 3, 5, "drop")
+    assert {work.patches.backend for work in shard.works} == {"openslide"}
+    monkeypatch.setattr("utils.devices.pick_device", lambda name: name)  # as if they were there
+    shards, _ = plan("--gpus", 2)
+    assert [shard.device for shard in shards] == ["cuda:0", "cuda:1"]
+    assert sorted(work.slide_id for shard in shards for work in shard.works) == [
+        "slide_0", "slide_1", "slide_2"]
 
 
 @pytest.mark.parametrize(("flags", "side"), [(["--target_patch_size", "32"], 32),

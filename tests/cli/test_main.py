@@ -339,7 +339,8 @@ def test_num_threads(cohort: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "message"), [
     (("--k_start", "3"), "no range of folds"), (("--k", "0"), "--k is 0"),
-    (("--lr", "nan"), "--lr is nan"), (("--bag_weight", "1.5"), "from 0 to 1"),
+    (("--lr", "nan"), "--lr is nan"), (("--seed", "4294967296"), "--seed is"),
+    (("--bag_weight", "1.5"), "from 0 to 1"),
     (("--drop_out", "1"), "from 0 to 0.99"), (("--exp_code", "../x"), "no slash"),
     (("--device", "tpu"), "expected auto, cpu"), (("--precision", "fp16"), "fp16 needs CUDA"),
     (("--k_end", "2", "--k", "9", "--k_start", "1", "--splits_root", "nowhere"), "does not exist"),
@@ -358,6 +359,26 @@ def test_cuda_that_is_not_there_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Refused, match="use --device cpu"):
         run(cohort, tmp_path, device="cuda")
+
+
+def test_fold_workers_share_the_threads(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    run_folds = main.run_folds
+
+    def watching(*given: Any, workers: int, arguments: dict[str, Any], **more: Any) -> Any:
+        seen.append((workers, arguments["job"].where.threads))
+        return run_folds(*given, workers=1, arguments=arguments, **more)
+
+    monkeypatch.setattr(main, "run_folds", watching)
+    before = torch.get_num_threads()
+    try:
+        for workers in (1, 2):
+            run(cohort, tmp_path / str(workers), "--fold_workers", workers, "--num_threads", 4)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, 4), (2, 2)]
 
 
 def test_as_a_process_folds_side_by_side(

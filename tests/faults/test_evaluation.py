@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import eval as script
+from tests.html_pages import read
 from tests.trained import Cohort, make_cohort, spec_of, write_features, write_model
-from tests.unit.test_utils_html_report import read
 from utils.errors import Refused
 
 Script = Callable[..., subprocess.CompletedProcess[str]]

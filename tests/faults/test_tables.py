@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 
-from datasets.bags import FeatureStore
+from datasets.features import FeatureStore
 from datasets.splits import read_split
 from datasets.table import SlideTable
 from utils.errors import Refused

@@ -247,6 +247,14 @@ def test_a_checkpoint_altered_after_training_is_not_trusted(cohort: Path) -> Non
         main.main(flags(cohort))
 
 
+def test_features_of_other_patches_are_another_cohort(cohort: Path) -> None:
+    assert main.main(flags(cohort)) == 0
+    torch.save(torch.ones(25, WIDTH), feature_file(cohort, 3))
+    with pytest.raises(Refused, match="n_patches: file has 320, you ask 325"):
+        main.main(flags(cohort))
+    assert main.main(flags(cohort, "--overwrite")) == 0
+
+
 def test_features_gone_between_two_runs_are_refused(cohort: Path) -> None:
     assert main.main(flags(cohort)) == 0
     shutil.rmtree(cohort / "features" / "pt_files")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.bags import BagDataset, FeatureStore, available_memory_bytes
+from datasets.bags import BagDataset, available_memory_bytes
+from datasets.features import FeatureStore
 from datasets.table import SlideTable
 from datasets.tasks import Task
 from utils.errors import BrokenFile, ItemFailed, Refused

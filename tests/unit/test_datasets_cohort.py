@@ -56,6 +56,13 @@ def test_facts_change_with_slides_and_labels(root: Path) -> None:
     assert before["slides"] != load(root).facts(0)["slides"]
 
 
+def test_facts_change_with_the_patches(root: Path) -> None:
+    before = load(root).facts(0)["n_patches"]
+    assert before == 24 * 20
+    torch.save(torch.ones(25, WIDTH), feature_file(root, 7))
+    assert load(root).facts(0)["n_patches"] == before + 5
+
+
 def test_a_tenth_of_each_class_at_least_one(root: Path) -> None:
     cohort = load(root, tenth=True)
     for bags in cohort.parts(0).values():

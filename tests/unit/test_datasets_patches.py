@@ -205,7 +205,7 @@ def test_an_encoder_that_fails_costs_the_slides_of_its_batch(folder: Path) -> No
             return super().launch(batch)
 
     done = run([slide(folder, 0, 8), slide(folder, 1, 8)], Once(), batch_size=8)
-    assert "--batch_size" in done["s0"].error and not done["s1"].error
+    assert "smaller batch_size" in done["s0"].error and not done["s1"].error
 
 
 def test_features_that_are_not_finite_are_an_error(folder: Path) -> None:

@@ -19,6 +19,7 @@ from torchvision import transforms
 from models.encoder_networks import ENCODERS, encoder_spec
 from models.encoder_weights import Weights, WeightSource, find_weights, lite_keys, rename
 from models.encoders import CPU_BATCH, Encoder, encoder_record, load_encoder
+from tests.feature_inputs import save_network
 from utils.errors import Refused
 from utils.resize import resize_shorter_side
 from utils.storage import file_sha256
@@ -43,19 +44,13 @@ def lite0() -> Encoder:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of timm's test_resnet, classifier included."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.save(timm.create_model("test_resnet").state_dict(), path)
-    return path
+    return save_network(tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
 @pytest.fixture(scope="module")
 def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-50 checkpoint with random weights in torchvision's and timm's key names."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
-    torch.save(timm.create_model("resnet50").state_dict(), path)
-    return path
+    return save_network(tmp_path_factory.mktemp("weights") / "resnet50.pth", "resnet50")
 
 
 # ---------------------------------------------------------------------------- names
@@ -64,8 +59,8 @@ def test_registered_encoders() -> None:
     assert set(ENCODERS) == {"resnet50_trunc", "uni_v1", "conch_v1", "efficientnet_lite0"}
     gated = {name for name in ENCODERS if ENCODERS.get(name).gated}
     assert gated == {"uni_v1", "conch_v1"}
-    assert ENCODERS.get("uni_v1").checkpoint_env == "UNI_CKPT_PATH"
-    assert ENCODERS.get("conch_v1").checkpoint_env == "CONCH_CKPT_PATH"
+    assert ENCODERS.get("uni_v1").weights.env == "UNI_CKPT_PATH"
+    assert ENCODERS.get("conch_v1").weights.env == "CONCH_CKPT_PATH"
 
 
 @pytest.mark.parametrize(("name", "says"), [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from utils.distributed import Group
-from utils.engine import FitFailed, Predictions
-from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.engine import Predictions
+from utils.errors import Refused
 from utils.folds import (
     FoldFiles,
     FoldState,
@@ -24,7 +22,6 @@ from utils.folds import (
     fold_range,
     fold_rows,
     fold_state,
-    run_folds,
     write_results,
     write_settings,
     write_summary,
@@ -211,20 +208,3 @@ def test_settings_file_is_a_python_dictionary_with_clams_keys(tmp_path: Path) ->
         found = ast.literal_eval((tmp_path / f"experiment_{model}.txt").read_text())
         assert set(found) == common | extra
         assert found["split_dir"] == "splits/t_100"
-
-
-def test_in_a_group_only_a_shared_failure_costs_just_the_fold() -> None:
-    def work(fold: int, *, error: Exception) -> int:
-        if fold == 1:
-            raise error
-        return fold
-
-    def run(error: Exception) -> list[tuple[int | None, str | None]]:
-        return [(one.result, one.error) for one in run_folds(
-            work, [0, 1, 2], workers=1, group=Group(rank=0, size=2), arguments={"error": error})]
-
-    assert run(FitFailed("diverged")) == [(0, None), (None, "diverged"), (2, None)]
-    with pytest.raises(ItemFailed, match="fold 1: no space left"):
-        run(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(BrokenFile):  # this process alone met it: the others wait elsewhere
-        run(BrokenFile("damaged"))

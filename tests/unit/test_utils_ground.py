@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ import pytest
 from tests.conftest import ROOT
 from utils.errors import EXIT_FAILED, ItemFailed, Refused, run_script
 from utils.locks import claim
-from utils.parallel import available_cpus, run_items
+from utils.parallel import Outcome, available_cpus, run_items
 from utils.registry import Registry
-from utils.report import Row, RunReport, Status
+from utils.report import Row, RunReport, Status, outcome_row
 
 
 def test_registry() -> None:
@@ -30,6 +31,13 @@ def test_registry() -> None:
         things.get("alhpa")
     with pytest.raises(ValueError, match="twice"):
         things.register("alpha")(2)
+
+
+def test_row_of_an_outcome() -> None:
+    told = Row(item="a", status=Status.EMPTY, reason="no tissue", numbers={"n_patches": 0})
+    assert outcome_row("a", Outcome("a", told, None, 1.5)) == replace(told, seconds=1.5)
+    assert outcome_row("a", Outcome("a", None, "truncated", 2.0)) == Row(
+        item="a", status=Status.FAILED, reason="truncated", seconds=2.0)
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from tests.html_pages import read
 from utils.html_report import (
     Headline,
     Page,
@@ -23,39 +23,6 @@ from utils.plots import draw_confusion
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b < c", "' onload='",
            "{{ 7 * 7 }}", "スライド – ü", "</td></table>"]
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text; a tag closed in the wrong order fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-
-def read(html: str) -> Reader:
-    reader = Reader()
-    reader.feed(html)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 def full_page(text: str, png: bytes = b"\x89PNG") -> Page:

@@ -103,13 +103,6 @@ def test_a_class_without_slides_is_left_out() -> None:
     assert found.class_counts == [2, 0, 1]
 
 
-def test_given_guesses_replace_the_most_probable_class() -> None:
-    probabilities, labels = np.array([[0.6, 0.4], [0.3, 0.7]]), np.array([0, 1])
-    found = slide_metrics(probabilities, labels, predicted=np.array([1, 1]))
-    assert found.accuracy == 0.5
-    assert found.auc == 1.0
-
-
 def test_calibration_error_by_hand() -> None:
     # two bins: 0.9 confident and right half the time; 0.6 confident and always right
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])

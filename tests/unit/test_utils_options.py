@@ -40,7 +40,8 @@ def test_defaults_and_flags() -> None:
     assert options.label_dict == {"normal": 0, "tumor": 1} and list(options.names) == ["x", "y"]
 
 
-@pytest.mark.parametrize("argv", [("--lr", "-1"), ("--k", "0"), ("--k", "51"), ("--lr", "nan")])
+@pytest.mark.parametrize("argv", [("--lr", "-1"), ("--k", "0"), ("--k", "51"), ("--lr", "nan"),
+                                  ("--lr", "inf")])
 def test_limits(argv: tuple[str, ...]) -> None:
     with pytest.raises(Refused, match=argv[0]):
         read("--source", "s", *argv)
@@ -64,7 +65,7 @@ def test_yaml_replaces_defaults_and_the_command_line_wins(tmp_path: Path) -> Non
     ("lr: fast", "expected float"),
     ("k: 2.5", "expected int"),
     ("kind: c", "one of a, b"),
-    ("k: 0", "--k is 0"),
+    ("k: 0", "c.yaml: k is 0, expected from 1"),
     ("- 1\n- 2", "expected 'key: value'"),
     ("lr: !!python/object/apply:os.system ['true']", "not plain YAML"),
     ("a: &x [1]\nb: *x", "aliases"),

@@ -93,13 +93,6 @@ def test_intervals_cover() -> None:
     assert 0.89 <= held / 200 <= 0.99
 
 
-def test_level_sets_the_width() -> None:
-    p, labels = made_up(40, 2, seed=5)
-    wide, narrow = (estimate_metrics(p, labels, range(40), resamples=400, level=level)["auc"]
-                    for level in (0.95, 0.5))
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
 def test_one_class_resamples_are_left_out_and_counted() -> None:
     """One patient of ten is positive: a resample misses it with probability 0.9^10 = 0.349."""
     labels = np.array([1] + [0] * 9)

@@ -30,11 +30,6 @@ def test_line_thickness_is_level_0_pixels_and_at_least_one_pixel() -> None:
     assert painted(80) > 4 * painted(16)
 
 
-def test_offset_moves_outlines_of_a_region() -> None:
-    mask = draw_mask(IMAGE, SCALE, TISSUE, line_thickness=1, offset_l0=(160, 80))
-    assert tuple(mask[5, 0]) == TISSUE_COLOUR and tuple(mask[25, 20]) == HOLE_COLOUR
-
-
 def test_numbers_are_written_in_red() -> None:
     def red(number: bool) -> int:
         mask = draw_mask(IMAGE, SCALE, TISSUE, number=number)

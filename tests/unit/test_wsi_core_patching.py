@@ -46,7 +46,7 @@ def test_standing_before_and_after(job: PatchJob, plan: PatchPlan) -> None:
     assert result.status is Status.DONE
     standing = find_standing(job, plan)
     assert standing.left is Left.NOTHING
-    assert standing.cells == {name: result.cells[name] for name in ("n_patches", "n_contours")}
+    assert standing.numbers == {name: result.numbers[name] for name in ("n_patches", "n_contours")}
     assert find_standing(job, replace(plan, make_stitch=True)).left is Left.STITCH
     assert find_standing(job, replace(plan, redo=True)).left is Left.EVERYTHING
     assert patch_slide(job, plan=plan).status is Status.SKIPPED

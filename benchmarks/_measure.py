@@ -1,0 +1,45 @@
+"""What the benchmarks share: the fastest of several runs, peak memory, a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+def best_of(repeats: int, work: Callable[[], object]) -> tuple[float, float]:
+    """(wall, CPU) seconds of the fastest of several runs."""
+    runs = []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        runs.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return min(runs)
+
+
+def forget_peak() -> None:
+    """Let ``peak_mb`` count from now on (Linux; elsewhere it counts from the start)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process, in MB (not, as rusage may, of its parent too)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_new_process(work: Callable[..., Result], *arguments: Any) -> Result:
+    """What ``work`` returns, run where no earlier measurement has left memory behind."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
