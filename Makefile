@@ -12,7 +12,7 @@ demo: .venv/installed  ## slides to heatmaps and report on a small real cohort (
 	$(BIN)/python scripts/demo.py --out demo
 
 test: .venv/installed  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
