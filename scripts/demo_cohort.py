@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CANVAS_PX = (3072, 4096)  # height, width of level 0
 GLASS_RGB = (243, 243, 243)
 MPP_UM = 0.499  # of the CMU-1 slide
-RADII_PX = (130, 210)  # half axes of planted ellipses, drawn uniformly
+RADII_PX = (100, 170)  # half axes of planted ellipses, drawn uniformly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def main() -> int:
     """Build what is missing; a finished cohort of the same options is left alone."""
     options = parse(Options, prog="demo_cohort.py", description="Build the demo cohort.")
     folder = writable_folder(options.out / "slides", what="--out")
-    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 4}
+    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 5}
     done = options.out / "cohort.json"
     if done.exists() and read_json(done) == {**record, "canvas_px": list(CANVAS_PX)}:
         print(f"cohort: already built in {options.out}")
