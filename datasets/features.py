@@ -8,6 +8,7 @@ coordinates, the encoder's record and, if ours, a checksum.
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
 
 
 class SlideInfo(NamedTuple):
-    """Shape and origin of a slide's features; ``encoder`` is None for a foreign file."""
+    """Shape and origin of a slide's features; ``encoder`` and ``patch`` are None for a foreign
+    file."""
 
     rows: int
     width: int
     encoder: dict[str, Any] | None
+    patch: dict[str, Any] | None = None  # level and sizes of the patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,12 @@ def _notes(root: Path, empty: Sequence[str], missing: Sequence[str], extra: Sequ
     if unknown and len(unknown) < len(infos):
         notes.append(f"{len(unknown)} feature files do not say which encoder made them: "
                      f"{listed(unknown)}")
+    kinds = Counter(f"{info.patch['patch_size']} px of level {info.patch['patch_level']}"
+                    for info in infos.values() if info.patch is not None)
+    if len(kinds) > 1:  # right for slides of mixed magnification, so no refusal
+        notes.append("the slides have patches of different sizes, which is meant only where their "
+                     "levels differ: " + ", ".join(f"{kind} on {number} slides"
+                                                   for kind, number in kinds.most_common(4)))
     return tuple(notes)
 
 
@@ -237,14 +246,14 @@ def _h5_info(path: Path) -> SlideInfo:
         raise BrokenFile(f"{path} cannot be read ({error}): it is truncated, damaged or no h5 file"
                          ) from None
     rows, width = _checked_shapes(path, shapes)
-    return SlideInfo(rows, width, encoder_of(parameters))
+    return SlideInfo(rows, width, *(_part_of(parameters, name) for name in ("encoder", "patch")))
 
 
-def encoder_of(parameters: str | None) -> dict[str, Any] | None:
-    """The encoder's record in the parameters of a feature file, or None."""
+def _part_of(parameters: str | None, name: str) -> dict[str, Any] | None:
+    """``encoder`` or ``patch`` out of a feature file's parameters, or None."""
     import json
 
-    record = None if parameters is None else json.loads(parameters).get("encoder")
+    record = None if parameters is None else json.loads(parameters).get(name)
     return dict(record) if isinstance(record, dict) else None
 
 

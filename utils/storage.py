@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from utils import __version__
-from utils.errors import BrokenFile, Refused
+from utils.errors import BrokenFile, ItemFailed, Refused
 from utils.faults import fault_point
 from utils.temporaries import sweep_temporaries, temp_prefix
 
@@ -85,10 +85,14 @@ def writable_folder(path: Path, *, what: str) -> Path:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that becomes ``path`` when the block ends well, and vanishes when not.
 
-    Raises OSError with the target's name (no space, read-only, folder gone).
+    Raises OSError (no space, read-only), ItemFailed when the folder is gone.
     """
     path = Path(path)
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=temp_prefix())
+    try:
+        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=temp_prefix())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ItemFailed(f"{path} cannot be written, its folder is gone: was it moved or unmounted "
+                         "while we worked?") from None
     try:
         with os.fdopen(handle, "wb") as file:
             fault_point("storage.open")

@@ -65,7 +65,7 @@ def test_the_h5_is_preferred_and_carries_coords_and_encoder(tmp_path: Path) -> N
     write_pt(tmp_path, "a.b", torch.zeros(3, 8))
     store = FeatureStore(tmp_path)
     assert store.find("a.b") == path
-    assert store.info("a.b") == (5, 8, ENCODER)
+    assert store.info("a.b")[:3] == (5, 8, ENCODER)
     found, coords = store.read("a.b")
     assert found.dtype == torch.float32 and found.numpy().tolist() == features.tolist()
     assert coords is not None and coords.dtype == np.int64
@@ -79,7 +79,7 @@ def test_a_pt_file_alone_will_do(tmp_path: Path, zipped: bool) -> None:
     if not zipped:
         torch.save(features, path, _use_new_zipfile_serialization=False)
     store = FeatureStore(tmp_path)
-    assert store.info("s") == (4, 8, None)
+    assert store.info("s")[:3] == (4, 8, None)
     found, coords = store.read("s")
     assert torch.equal(found, features) and coords is None
 
@@ -87,7 +87,7 @@ def test_a_pt_file_alone_will_do(tmp_path: Path, zipped: bool) -> None:
 def test_clams_own_h5_is_read(tmp_path: Path) -> None:
     write_foreign(tmp_path, "s", features=features_of(3), coords=np.zeros((3, 2), np.int64))
     store = FeatureStore(tmp_path)
-    assert store.info("s") == (3, 8, None)
+    assert store.info("s")[:3] == (3, 8, None)
     assert store.read("s")[0].shape == (3, 8)
 
 
@@ -277,6 +277,18 @@ def test_features_of_unknown_origin_are_noted_beside_known_ones(tmp_path: Path) 
     assert found.encoder == ENCODER
     assert found.notes == ("1 feature files do not say which encoder made them: 'b'",)
     assert FeatureStore(tmp_path).check(["b"]).encoder is None
+
+
+def test_patches_of_different_sizes_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "h5_files").mkdir()
+    for slide_id, size in (("a", 256), ("b", 256), ("c", 512)):
+        write_h5(tmp_path / "h5_files" / f"{slide_id}.h5", {"features": features_of(5)},
+                 parameters={"encoder": ENCODER, "patch": {"patch_level": 0, "patch_size": size}})
+        assert FeatureStore(tmp_path).info(slide_id).patch["patch_size"] == size
+        if slide_id == "a":
+            assert FeatureStore(tmp_path).check(["a"]).notes == ()
+    notes = FeatureStore(tmp_path).check(["a", "b", "c"]).notes
+    assert "256 px of level 0 on 2 slides, 512 px of level 0 on 1 slides" in notes[0]
 
 
 # ---------------------------------------------------------------------------- task to folder

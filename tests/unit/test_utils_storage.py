@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from utils.errors import BrokenFile, Refused
+from utils.errors import BrokenFile, ItemFailed, Refused
 from utils.storage import (
     State,
     atomic_file,
@@ -214,6 +214,11 @@ def test_folders(tmp_path: Path) -> None:
     (folder / ".mw-tmp-young").write_text("")
     assert sweep_temporaries(folder) == 1
     assert (folder / ".mw-tmp-young").exists()
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ItemFailed, match="its folder is gone"):
+        write_text(tmp_path / "gone" / "a.txt", "")
 
 
 def test_differences_name_what_differs() -> None:
