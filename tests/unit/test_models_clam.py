@@ -112,7 +112,7 @@ def test_instances_are_picked_from_both_ends_of_the_attention() -> None:
             layer.weight[0, 0] = -50.0
     found = model.instance_loss(h, scores, 0)
     assert found.predictions.tolist() == found.targets.tolist() == [1, 1, 1, 0, 0, 0]
-    assert float(found.value) == pytest.approx(0.0, abs=1e-6)
+    assert float(found.value.detach()) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("option", [{"bag_loss": "svm"}, {"inst_loss": "svm"},
