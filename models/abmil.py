@@ -7,17 +7,20 @@ State-dict keys are those of CLAM_SB less the instance classifiers: ``attention_
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import nn
 
 from models.attention import HIDDEN, AttentionNet, pool
 from models.layers import features_of, slide_step
 from utils.contracts import Bag, SlideOutput, StepLoss
-from utils.losses import LOSSES
+from utils.objectives import Classification, Objective
 
 
 class ABMIL(nn.Module):
     """One attention row, one linear classifier on the slide embedding."""
+
+    contextual: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -28,11 +31,11 @@ class ABMIL(nn.Module):
         gated: bool = True,
         dropout: float = 0.25,
         attention_dropout: float = 0.25,
-        bag_loss: str = "ce",
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.bag_loss = LOSSES.get(bag_loss)
+        self.objective = objective or Classification(n_classes=n_classes)
         self.attention_net = AttentionNet(
             embed_dim=embed_dim, model_size=model_size, gated=gated, rows=1,
             dropout=dropout, attention_dropout=attention_dropout)
@@ -47,4 +50,4 @@ class ABMIL(nn.Module):
 
     def losses(self, bag: Bag) -> Iterator[StepLoss]:
         """The slide loss, once."""
-        yield slide_step(self(bag), bag, self.bag_loss)
+        yield slide_step(self(bag), bag, self.objective)

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from models.attention import HIDDEN, AttentionNet, pool
-from models.layers import features_of, label_of, stack_linears
+from models.layers import features_of, slide_step, stack_linears
 from utils.contracts import Bag, SlideOutput, StepLoss
+from utils.errors import ItemFailed
 from utils.losses import LOSSES
+from utils.objectives import Classification, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class CLAM_SB(nn.Module):
     """
 
     multi_branch: ClassVar[bool] = False
+    contextual: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class CLAM_SB(nn.Module):
         attention_dropout: float = 0.25,
         k_sample: int = 8,
         subtyping: bool = False,
-        bag_loss: str = "ce",
+        objective: Objective | None = None,
         inst_loss: str = "ce",
         bag_weight: float = 0.7,
         instance_clustering: bool = True,
@@ -70,7 +73,7 @@ class CLAM_SB(nn.Module):
         self.n_classes = n_classes
         self.k_sample = k_sample
         self.subtyping = subtyping
-        self.bag_loss = LOSSES.get(bag_loss)
+        self.objective = objective or Classification(n_classes=n_classes)
         self.inst_loss = LOSSES.get(inst_loss)
         self.bag_weight = bag_weight
         self.instance_clustering = instance_clustering
@@ -99,15 +102,19 @@ class CLAM_SB(nn.Module):
             logits=self._classify(embedding), attention=scores, embedding=embedding)
 
     def losses(self, bag: Bag) -> Iterator[StepLoss]:
-        """One loss: bag_weight * slide + (1 - bag_weight) * instance."""
-        label = label_of(bag, self.n_classes)
+        """One loss: bag_weight * slide + (1 - bag_weight) * instance.
+
+        Without instance clustering it is the slide's alone, whatever the task.
+        """
+        if not self.instance_clustering:
+            yield slide_step(self(bag), bag, self.objective)
+            return
         h, scores = self.attention_net(features_of(bag, self.embed_dim))
         output = self._output(h, scores)
-        slide = self.bag_loss(output.logits, torch.tensor([label], device=h.device))
-        if not self.instance_clustering:
-            yield StepLoss(value=slide, slide_loss=slide.detach(), output=output)
-            return
-        instances = self.instance_loss(h, scores, label)
+        slide = self.objective.loss(output.logits, bag)
+        if bag.label is None:
+            raise ItemFailed(f"{bag.slide_id}: instance clustering needs a class")
+        instances = self.instance_loss(h, scores, bag.label)
         yield StepLoss(
             value=self.bag_weight * slide + (1.0 - self.bag_weight) * instances.value,
             slide_loss=slide.detach(), parts={"instance_loss": instances.value.detach()},

@@ -7,7 +7,7 @@ every mask; on other devices the native draw is fast and is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from utils.contracts import Bag, SlideOutput, StepLoss
 from utils.errors import ItemFailed
+from utils.objectives import Objective
 
 
 def features_of(bag: Bag, width: int) -> torch.Tensor:
@@ -28,20 +29,9 @@ def features_of(bag: Bag, width: int) -> torch.Tensor:
     return features
 
 
-def label_of(bag: Bag, n_classes: int) -> int:
-    """The bag's class index; ``ItemFailed`` when it has none or one the model does not know."""
-    if bag.label is None or not 0 <= bag.label < n_classes:
-        raise ItemFailed(f"{bag.slide_id}: label is {bag.label}, "
-                         f"the model expects 0 to {n_classes - 1}")
-    return bag.label
-
-
-def slide_step(
-    output: SlideOutput, bag: Bag, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> StepLoss:
-    """The one loss of a model that learns from the slide's label alone."""
-    label = torch.tensor([label_of(bag, output.logits.shape[1])], device=output.logits.device)
-    value = loss(output.logits, label)
+def slide_step(output: SlideOutput, bag: Bag, objective: Objective) -> StepLoss:
+    """The one loss of a model that learns from the slide's truth alone."""
+    value = objective.loss(output.logits, bag)
     return StepLoss(value=value, slide_loss=value.detach(), output=output)
 
 

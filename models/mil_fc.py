@@ -7,6 +7,7 @@ State-dict keys: ``fc.0`` (512, D), then ``classifier`` (2, 512) in ``MIL_fc`` a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -14,20 +15,22 @@ from torch import nn
 from models.attention import HIDDEN
 from models.layers import ReluDropout, features_of, slide_step
 from utils.contracts import Bag, SlideOutput, StepLoss
-from utils.losses import LOSSES
+from utils.objectives import Classification, Objective
 
 
 class MIL_fc_mc(nn.Module):
     """For more than two classes: the largest of all N x C probabilities picks the patch."""
 
     head_name = "classifiers"  # the published key
+    contextual: ClassVar[bool] = False
 
     def __init__(
-        self, *, n_classes: int, embed_dim: int = 1024, dropout: float = 0.25, bag_loss: str = "ce"
+        self, *, n_classes: int, embed_dim: int = 1024, dropout: float = 0.25,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.bag_loss = LOSSES.get(bag_loss)
+        self.objective = objective or Classification(n_classes=n_classes)
         self.fc = nn.Sequential(nn.Linear(embed_dim, HIDDEN), ReluDropout(dropout))
         self.add_module(self.head_name, nn.Linear(HIDDEN, n_classes))
 
@@ -57,7 +60,7 @@ class MIL_fc_mc(nn.Module):
 
     def losses(self, bag: Bag) -> Iterator[StepLoss]:
         """The slide loss, once."""
-        yield slide_step(self(bag), bag, self.bag_loss)
+        yield slide_step(self(bag), bag, self.objective)
 
 
 class MIL_fc(MIL_fc_mc):
@@ -66,9 +69,9 @@ class MIL_fc(MIL_fc_mc):
     head_name = "classifier"
 
     def __init__(
-        self, *, embed_dim: int = 1024, dropout: float = 0.25, bag_loss: str = "ce"
+        self, *, embed_dim: int = 1024, dropout: float = 0.25, objective: Objective | None = None
     ) -> None:
-        super().__init__(n_classes=2, embed_dim=embed_dim, dropout=dropout, bag_loss=bag_loss)
+        super().__init__(n_classes=2, embed_dim=embed_dim, dropout=dropout, objective=objective)
 
     def choose(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Index (scalar) of the patch that speaks, from patch probabilities (N, 2)."""

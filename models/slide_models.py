@@ -7,16 +7,23 @@ and heat-maps rebuild the model without flags. Importing this module does not im
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from models.options import options_of
 from utils.errors import Refused
+from utils.objectives import TASK_LOSSES, Objective, TaskType, build_objective
 from utils.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
 
 CLAM_ATTENTION_DROPOUT = 0.25
+# Models that learn from a class beside the slide's own loss, and so know no other task with it
+CLASSES_ONLY = ("mil",)
+CLASSES_WITH_CLUSTERING = ("clam_sb", "clam_mb", "hag_mil")
+# Models with several losses a bag: Cox compares one logit a slide
+NO_COX = (*CLASSES_ONLY, "dsmil", "hag_mil")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +31,14 @@ class SlideModelSpec:
     """What a slide model is made of; ``Refused`` at once when a value makes no sense.
 
     model_type: a name in ``SLIDE_MODELS``; embed_dim: width of the features;
+    n_classes: outputs: classes, or labels, values, bins of time (Cox: 1) of another task;
     model_size: width of the attention, small 256 or big 384 (``mil`` has none);
     dropout: after the trunk; attention_dropout: in the attention, None = as CLAM does, 0.25
     whenever ``dropout`` is not 0; gated: sigmoid gate in the attention;
-    the rest: see ``models.clam.CLAM_SB`` (``mil`` and ``abmil`` only use ``bag_loss``).
+    k_sample to instance_clustering: see ``models.clam.CLAM_SB``;
+    task_type to nll_alpha: what is learnt, see ``utils.objectives.build_objective``; what comes
+    from training slides (weights, edges, mean) differs between folds;
+    n_levels: magnifications; options: the model family's own, see ``models.options``.
     """
 
     model_type: str
@@ -38,25 +49,64 @@ class SlideModelSpec:
     gated: bool = True
     k_sample: int = 8
     subtyping: bool = False
-    bag_loss: str = "ce"
+    bag_loss: str | None = None
     inst_loss: str = "ce"
     bag_weight: float = 0.7
     instance_clustering: bool = True
     attention_dropout: float | None = None
+    task_type: TaskType = "classification"
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    bin_edges: tuple[float, ...] = ()
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
+    nll_alpha: float = 0.0
+    n_levels: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        least = 2 if self.task_type == "classification" else 1
         limits = [
             ("embed_dim", self.embed_dim >= 1, "at least 1"),
-            ("n_classes", self.n_classes >= 2, "at least 2"),
+            ("n_classes", self.n_classes >= least, f"at least {least}"),
             ("model_size", self.model_size in ("small", "big"), "small or big"),
             ("dropout", 0.0 <= self.dropout < 1.0, "from 0 to below 1"),
             ("k_sample", self.k_sample >= 1, "at least 1"),
             ("bag_weight", 0.0 <= self.bag_weight <= 1.0, "from 0 to 1"),
             ("attention_dropout", 0.0 <= self.attention_rate < 1.0, "from 0 to below 1"),
+            ("n_levels", self.n_levels == 1 or self.model_type == "hag_mil",
+             "1: only hag_mil takes several magnifications"),
         ]
         for name, fine, expected in limits:
             if not fine:
                 raise Refused(f"model: {name} is {getattr(self, name)!r}, expected {expected}")
+        complete = {"bag_loss": self.bag_loss or TASK_LOSSES[self.task_type][0],
+                    "options": options_of(self.model_type, self.options,
+                                          source=f"options of {self.model_type}")}
+        for name, value in complete.items():
+            object.__setattr__(self, name, value)
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """``Refused`` where the model cannot learn this task."""
+        if self.task_type != "classification":
+            if self.model_type in CLASSES_ONLY:
+                raise Refused(f"model: {self.model_type} tells classes apart, it knows no "
+                              f"{self.task_type}: choose another --model_type")
+            if self.model_type in CLASSES_WITH_CLUSTERING and self.instance_clustering:
+                raise Refused(f"model: the instance clustering of {self.model_type} needs classes, "
+                              f"not {self.task_type}: give --no_inst_cluster")
+        if self.bag_loss == "cox" and self.model_type in NO_COX:
+            raise Refused(f"model: {self.model_type} has several losses a slide, Cox needs one "
+                          "number a slide: choose --bag_loss nll_surv or another --model_type")
+
+    def objective(self) -> Objective:
+        """What the model learns."""
+        return build_objective(
+            task_type=self.task_type, loss=self.bag_loss, n_outputs=self.n_classes,
+            label_smoothing=self.label_smoothing, class_weights=self.class_weights,
+            bin_edges=self.bin_edges, target_mean=self.target_mean, target_std=self.target_std,
+            nll_alpha=self.nll_alpha)
 
     @property
     def attention_rate(self) -> float:
@@ -103,7 +153,7 @@ def _mil(spec: SlideModelSpec) -> nn.Module:
     from models.mil_fc import MIL_fc, MIL_fc_mc
 
     options: dict[str, Any] = {"embed_dim": spec.embed_dim, "dropout": spec.dropout,
-                               "bag_loss": spec.bag_loss}
+                               "objective": spec.objective()}
     return MIL_fc(**options) if spec.n_classes == 2 else MIL_fc_mc(
         n_classes=spec.n_classes, **options)
 
@@ -111,7 +161,7 @@ def _mil(spec: SlideModelSpec) -> nn.Module:
 def _attention_options(spec: SlideModelSpec) -> dict[str, Any]:
     return {"n_classes": spec.n_classes, "embed_dim": spec.embed_dim,
             "model_size": spec.model_size, "gated": spec.gated, "dropout": spec.dropout,
-            "attention_dropout": spec.attention_rate, "bag_loss": spec.bag_loss}
+            "attention_dropout": spec.attention_rate, "objective": spec.objective()}
 
 
 def _clustering_options(spec: SlideModelSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from utils.contracts import Bag, SlideOutput, StepLoss
+from utils.objectives import Classification
 
 WIDTH = 16
 
@@ -28,8 +29,11 @@ def make_bag(index: int, *, n_classes: int = 2, rows: int = 20, width: int = WID
 class ToyModel(nn.Module):
     """Mean pooling with dropout and one linear layer; two losses a bag; a parameter never used."""
 
+    contextual = False
+
     def __init__(self, *, width: int = WIDTH, n_classes: int = 2, dropout: float = 0.1) -> None:
         super().__init__()
+        self.objective = Classification(n_classes=n_classes)
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(width, n_classes)
         self.unused = nn.Parameter(torch.ones(3))

@@ -14,24 +14,57 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from utils.objectives import Objective
+
+
+class LevelRows(Protocol):
+    """A finer level of a bag of several magnifications; its rows are read when asked for.
+
+    branching: r * r; the children of row p of the level above are the rows p * branching to
+               (p + 1) * branching - 1
+    coords:    (N, 2) top-left x, y of each patch in level-0 pixels; None when unknown
+    valid:     (N,) bool, False for patches outside the slide, never to be read; None = all valid
+    """
+
+    branching: int
+    coords: np.ndarray | None
+    valid: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """(len(rows), D) float32 on the CPU; ``ItemFailed`` when damaged or not finite."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bag:
     """One slide (or patient) as a bag of instances.
 
-    features: (N, D) float tensor, rows in the order of ``coords``
+    features: (N, D) float tensor, rows in the order of ``coords``; of several magnifications the
+              coarsest
     coords:   (N, 2) integers, top-left x, y of each patch in level-0 pixels; None when unknown
-    label:    class index; None when there is none (inference)
+    label:    class index; None when there is none (inference, or another task)
+    target:   what other tasks predict: multi-label T of 0 and 1 (NaN = unknown), regression T
+              values, survival (time, event) with event 1 = seen, 0 = censored
+    children: the finer levels, coarse to fine; empty for one magnification
     """
 
     slide_id: str
     features: torch.Tensor
     coords: np.ndarray | None = None
     label: int | None = None
+    target: tuple[float, ...] | None = None
     case_id: str = ""
+    children: tuple[LevelRows, ...] = ()
 
     def __len__(self) -> int:
         return int(self.features.shape[0])
+
+    @property
+    def truth(self) -> tuple[float, ...] | None:
+        """What a prediction is compared with: (label,), or the target; None when unknown."""
+        return self.target if self.label is None else (float(self.label),)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Bag:
         """The same bag with its tensors on ``device``."""
@@ -39,20 +72,40 @@ class Bag:
 
 
 @dataclass(kw_only=True)
+class LevelOutput:
+    """What a model of several magnifications saw at one of them.
+
+    rows:      (n,) numbers of the level's rows that were fed
+    attention: (1, n) raw scores before the softmax
+    logits:    (1, C)
+    selected:  (k,) numbers of the rows whose children went on; empty at the finest level
+    """
+
+    rows: torch.Tensor
+    attention: torch.Tensor
+    logits: torch.Tensor
+    selected: torch.Tensor
+
+
+@dataclass(kw_only=True)
 class SlideOutput:
     """What a slide model says of one bag.
 
-    logits:    (1, C)
+    logits:    (1, C), from which the model's objective makes scores
     attention: (K, N) raw scores before the softmax; K = 1, or C for one row a class; None
                for models without attention
     embedding: (K, H) slide representation; None when there is none
     instances: (N, C) probabilities of each instance; None for attention models
+    heads:     (H, N) attention of each head, rows sum to 1; None for models with one
+    levels:    one entry a magnification, coarse to fine; empty for models of one
     """
 
     logits: torch.Tensor
     attention: torch.Tensor | None = None
     embedding: torch.Tensor | None = None
     instances: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
+    levels: tuple[LevelOutput, ...] = ()
 
     @property
     def probabilities(self) -> torch.Tensor:
@@ -91,7 +144,14 @@ class StepLoss:
 
 
 class SlideModel(Protocol):
-    """A torch module with these two methods; ``state_dict`` keys are the published ones."""
+    """A torch module with these two methods; ``state_dict`` keys are the published ones.
+
+    objective:  what it learns, and what its logits mean
+    contextual: does the attention of a patch depend on the other patches of the bag?
+    """
+
+    objective: Objective
+    contextual: bool
 
     def __call__(self, bag: Bag) -> SlideOutput: ...
 

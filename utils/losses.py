@@ -23,12 +23,17 @@ _HARD_GAP = math.log(1000.0)  # in units of tau; from here on the smooth form ad
 
 @LOSSES.register("ce")
 def cross_entropy(
-    scores: torch.Tensor, labels: torch.Tensor, *, reduction: Reduction = "mean"
+    scores: torch.Tensor, labels: torch.Tensor, *, reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax cross entropy of scores (n, C) against class indices (n,), in float32."""
+    """Softmax cross entropy of scores (n, C) against class indices (n,), in float32.
+
+    label_smoothing: share of the target that is spread evenly over all classes.
+    """
     from torch.nn import functional
 
-    return functional.cross_entropy(scores.float(), labels, reduction=reduction)
+    return functional.cross_entropy(scores.float(), labels, reduction=reduction,
+                                    label_smoothing=label_smoothing)
 
 
 @LOSSES.register("svm")

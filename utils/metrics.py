@@ -54,6 +54,10 @@ class SlideMetrics:
         """Plain values, for json."""
         return asdict(self)
 
+    def headline(self) -> dict[str, float]:
+        """AUC and accuracy."""
+        return {"auc": self.auc, "acc": self.accuracy}
+
 
 def slide_metrics(
     probabilities: np.ndarray, labels: np.ndarray, *, micro_average: bool = False

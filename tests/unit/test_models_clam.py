@@ -11,6 +11,7 @@ from models.abmil import ABMIL
 from models.clam import CLAM_MB, CLAM_SB
 from models.mil_fc import MIL_fc, MIL_fc_mc
 from utils.contracts import Bag, StepLoss
+from utils.objectives import Classification
 
 D = 24
 
@@ -115,7 +116,7 @@ def test_instances_are_picked_from_both_ends_of_the_attention() -> None:
     assert float(found.value.detach()) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"bag_loss": "svm"}, {"inst_loss": "svm"},
+@pytest.mark.parametrize("option", [{"objective": Classification(n_classes=2, loss_name="svm")}, {"inst_loss": "svm"},
                                     {"k_sample": 3}, {"subtyping": True}, {"gated": False},
                                     {"model_size": "big"}])
 def test_every_option_changes_the_loss(option: dict[str, Any]) -> None:

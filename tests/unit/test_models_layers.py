@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.layers import Dropout, ReluDropout, features_of, keep_mask, label_of
+from models.layers import Dropout, ReluDropout, features_of, keep_mask
+from utils.objectives import Classification
 from utils.contracts import Bag
 from utils.errors import ItemFailed
 
@@ -76,7 +77,8 @@ def test_features_and_label_are_checked() -> None:
         features_of(bag, 16)
     with pytest.raises(ItemFailed, match="s2: the bag has no patches"):
         features_of(Bag(slide_id="s2", features=torch.zeros(0, 8)), 8)
-    assert label_of(bag, 3) == 2
+    assert Classification(n_classes=3).label_of(bag) == 2
     for label in (None, 2, -1):
         with pytest.raises(ItemFailed, match=f"label is {label}, the model expects 0 to 1"):
-            label_of(Bag(slide_id="s", features=torch.zeros(1, 8), label=label), 2)
+            Classification(n_classes=2).label_of(
+                Bag(slide_id="s", features=torch.zeros(1, 8), label=label))

@@ -83,7 +83,7 @@ def test_nonsense_is_refused(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "clam"}, "unknown slide model 'clam'"),
-    ({"bag_loss": "sv"}, "unknown loss 'sv': did you mean 'svm'"),
+    ({"bag_loss": "sv"}, "bag_loss sv is none for classification: expected ce or svm"),
     ({"inst_loss": "hinge"}, "unknown loss 'hinge'")])
 def test_unknown_names_are_refused(changes: dict[str, str], message: str) -> None:
     with pytest.raises(Refused, match=message):

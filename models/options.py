@@ -1,0 +1,108 @@
+"""Flags of the slide models, one frozen dataclass a family; main.py inherits them all.
+
+A field of the same name in two families means the same. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from utils.options import build, from_mapping, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Models that need no more than what all have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbmilxOptions:
+    """ABMILX (spec abmilx.md 6.2); published defaults but for A+, which is on."""
+
+    inner_dim: int = option(512, help="width of the embedding (abmilx, transmil)", low=1)
+    n_heads: int = option(8, help="attention heads (abmilx, transmil)", low=1)
+    act: Literal["gelu", "relu", "none"] = option(
+        "gelu", help="activation after the first layer (abmilx)")
+    mil_norm: Literal["none", "ln", "bn"] = option(
+        "none", help="normalisation of the features and of the slide vector (abmilx)")
+    mil_bias: bool = option(False, help="biases in the linear layers (abmilx)")
+    abx_attn_bias: bool = option(False, help="biases in the attention layers (abmilx)")
+    abx_attn_plus: bool = option(True, help="abmilx without A+, the spread of attention between "
+                                 "similar patches")
+    abx_attn_type: Literal["mlp", "mlp_gated"] = option("mlp", help="attention layers (abmilx)")
+    abx_D: int | None = option(None, help="width of the attention: above 10 for all heads "
+                               "together, else a divisor of the head's width (abmilx)", low=1)
+    abx_embed_new: bool = option(False, help="attention from the whole embedding instead of one "
+                                 "set of weights shared by the heads (abmilx)")
+    abx_alpha: float | None = option(
+        1.0, help="weight of A+ at the start; 'null' in a yaml: drawn from N(0, 1) as published")
+    ffn: bool = option(False, help="feed-forward layer on the slide vector (abmilx)")
+    proj_drop: float = option(0.0, help="dropout of the slide vector (abmilx)", low=0, high=0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransmilOptions:
+    """TransMIL."""
+
+    inner_dim: int = option(512, help="width of the embedding (abmilx, transmil)", low=1)
+    n_heads: int = option(8, help="attention heads (abmilx, transmil)", low=1)
+    landmarks: int | None = option(None, help="landmarks of the Nystrom attention (transmil, "
+                                   "hag_mil; default: half of the width)", low=1)
+    legacy_padding: bool = option(False, help="zero rows in front take part in the attention, as "
+                                  "published (transmil, hag_mil)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DsmilOptions:
+    """DSMIL."""
+
+    query_dim: int = option(128, help="width of the queries (dsmil)", low=1)
+    passing_v: bool = option(False, help="a layer on the values (dsmil)")
+    linear_query: bool = option(False, help="one linear layer for the queries (dsmil)")
+    max_weight: float = option(0.5, help="share of the highest instance's loss (dsmil)",
+                               low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HagOptions:
+    """HAG-MIL (spec hagmil.md 4); published defaults."""
+
+    hidden_dims: tuple[int, ...] = option((1024, 1536, 512, 1024), low=1,
+                                          help="widths of the blocks (hag_mil)")
+    t_patch: tuple[float, ...] = option(
+        (7000.0,), help="parents kept in training, a number or (below 1) a fraction; one value, or "
+        "one a level (hag_mil)", low=0)
+    v_patch: tuple[float, ...] = option(
+        (10000.0,), help="parents kept otherwise (hag_mil)", low=0)
+    inst_weight: float = option(0.5, help="weight of the instance loss (hag_mil)", low=0)
+    level_smoothing: tuple[float, ...] = option(
+        (0.1, 0.0), help="label smoothing of each level, coarse to fine; two values: all but the "
+        "finest, the finest (hag_mil)", low=0, high=0.99)
+    landmarks: int | None = option(None, help="landmarks of the Nystrom attention (transmil, "
+                                   "hag_mil; default: half of the width)", low=1)
+    legacy_padding: bool = option(False, help="zero rows in front take part in the attention, as "
+                                  "published (transmil, hag_mil)")
+    legacy_order: bool = option(False, help="children in the order of their parents' attention, "
+                                "as published, not in that of the slide (hag_mil)")
+    checkpointing: bool = option(True, help="keep the activations of all blocks instead of "
+                                 "computing them again (hag_mil)")
+
+
+MODEL_OPTIONS: dict[str, type] = {
+    "abmilx": AbmilxOptions, "transmil": TransmilOptions, "dsmil": DsmilOptions,
+    "hag_mil": HagOptions}
+
+
+def options_of(model_type: str, values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """All options of a model, from some or none of them; ``Refused`` for unknown or bad ones."""
+    kind = MODEL_OPTIONS.get(model_type, NoOptions)
+    found: Any = build(kind, from_mapping(kind, values, source=source), prefix=f"{source}: ")
+    return {item.name: getattr(found, item.name) for item in fields(found)}
+
+
+def pick_options(model_type: str, flags: object) -> dict[str, Any]:
+    """The options of a model out of an object that has those of all."""
+    kind = MODEL_OPTIONS.get(model_type, NoOptions)
+    return {item.name: getattr(flags, item.name) for item in fields(kind)}

@@ -1,0 +1,44 @@
+"""How to train: one frozen dataclass whose fields are flags of main.py. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.devices import Precision
+from utils.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Everything that may change what training computes, so all of it is compared on resume."""
+
+    max_epochs: int = option(200, help="most epochs to train", low=1)
+    lr: float = option(1e-4, help="learning rate", low=0)
+    reg: float = option(1e-5, help="weight decay", low=0)
+    opt: Literal["adam", "adamw", "sgd"] = option(
+        "adam", help="optimiser (sgd: momentum 0.9; adamw: no decay of norms and biases)")
+    early_stopping: bool = option(False, help="stop on the validation set, keep the best epoch")
+    monitor: Literal["loss", "metric"] = option(
+        "loss", help="what early stopping watches: the validation loss, or the AUC, c-index or "
+        "R2 of the validation slides")
+    patience: int = option(20, help="epochs without improvement before stopping", low=1)
+    stop_epoch: int = option(50, help="never stop at or before this epoch (from 0)", low=0)
+    weighted_sample: bool = option(False, help="draw slides so that classes are balanced")
+    precision: Precision = option("fp32", help="number format of the forward pass")
+    accumulate: int = option(1, help="slides per optimiser step (of each process)", low=1)
+    clip_grad: float | None = option(None, help="largest gradient norm", low=1e-6)
+    schedule: Literal["constant", "cosine", "step"] = option(
+        "constant", help="learning rate over the epochs; cosine: down to --min_lr; step: a fifth "
+        "from half of the epochs on")
+    min_lr: float = option(1e-7, help="learning rate at the end of the cosine", low=0)
+    warmup_epochs: int = option(0, help="epochs of linear warm-up from --warmup_lr", low=0)
+    warmup_lr: float = option(1e-6, help="learning rate at the start of the warm-up", low=0)
+    ema: float | None = option(
+        None, help="decay of a running mean of the weights, which is validated, tested and saved",
+        low=0, high=0.999999)
+    step_per_loss: bool = option(
+        False, help="an optimiser step after each loss of a bag (HAG-MIL as published: one a "
+        "level) instead of one after all")
+    seed: int = option(1, help="seed of everything random, set again for each fold",
+                       low=0, high=2**32 - 1)
