@@ -3,6 +3,8 @@
     python create_splits_seq.py --task task_1_tumor_vs_normal --seed 1 --k 10
     python create_splits_seq.py --task task_2_tumor_subtyping --seed 1 --label_frac 0.5 --k 10
     python create_splits_seq.py --csv_path cohort.csv --label_dict benign:0,cancer:1 --scheme kfold
+    python create_splits_seq.py --csv_path cohort.csv --task_type survival \\
+        --time_col months --event_col died --k 5 --scheme kfold
 
 Writes splits/<task>_<percent>/splits_{k}.csv, splits_{k}_bool.csv, splits_{k}_descriptor.csv and
 the record splits.json. Equal seeds give the files of CLAM, byte for byte (scheme clam).
@@ -30,7 +32,7 @@ from datasets.splits import (
 from datasets.table import SlideTable, load_table
 from datasets.tasks import Task, TaskOptions, Voting, load_task
 from utils.errors import EXIT_OK, Refused, run_script
-from utils.options import option, parse
+from utils.options import option, parse, pick
 from utils.storage import canonical, inside
 
 
@@ -78,10 +80,13 @@ def read_ids(path: Path) -> tuple[str, ...]:
 
 def describe(task: Task, table: SlideTable, drawing: Drawing) -> dict[str, Any]:
     """Everything that decides what the splits are, for the record beside them."""
+    classes = table.targets is None
     content = canonical({"slide_ids": table.slide_ids, "case_ids": table.case_ids,
-                         "labels": table.labels})
-    return {"task": task.name, "label_col": task.label_col, "label_dict": task.label_dict,
-            "table_sha256": hashlib.sha256(content.encode()).hexdigest(), **asdict(drawing)}
+                         "labels": table.labels, **({} if classes else {"targets": table.targets})})
+    what = ({"label_col": task.label_col, "label_dict": task.label_dict} if classes else
+            {"task_type": task.task_type, "columns": task.truth_columns})
+    return {"task": task.name, **what, **asdict(drawing),
+            "table_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def print_counts(folder: SplitFolder, table: SlideTable) -> None:
@@ -107,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                       "--custom_test_ids and --test_frac out")
     if options.scheme == "kfold" and options.k < 2:
         raise Refused("--scheme kfold needs --k 2 or more")
-    task = load_task(options.task, csv_path=options.csv_path, label_col=options.label_col,
-                     label_dict=options.label_dict, patient_voting=options.patient_voting,
-                     tasks_file=options.tasks_file)
+    task = load_task(**pick(TaskOptions, options), patient_voting=options.patient_voting)
     table = load_table(task)
     drawing = Drawing(
         n_splits=options.k, seed=options.seed, val_frac=options.val_frac,

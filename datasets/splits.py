@@ -151,14 +151,21 @@ class Drawing:
 
 
 def make_splits(table: SlideTable, drawing: Drawing) -> list[Split]:
-    """Splits by patients (or slides), stratified by class; ``Refused`` if a class is too small."""
+    """Splits by patients (or slides), stratified by class; ``Refused`` if a class is too small.
+
+    Other task types: stratified by ``table.labels``, whose groups may vanish among the patients.
+    """
     if drawing.slide_level:
         names, labels = table.slide_ids, table.labels
         rows = tuple(np.arange(len(table)).reshape(-1, 1))
     else:
         units = table.patients(drawing.patient_voting)
         names, labels, rows = units.case_ids, units.labels, units.slide_rows
-    class_ids = [np.flatnonzero(labels == index) for index in range(table.n_classes)]
+    groups = {name: np.flatnonzero(labels == index)
+              for index, name in enumerate(table.class_names)}
+    if table.task_type != "classification":
+        groups = {name: ids for name, ids in groups.items() if len(ids)}
+    class_ids = list(groups.values())
     fixed = _positions(names, drawing.custom_test_ids)
     val_num = [int(np.round(len(ids) * drawing.val_frac)) for ids in class_ids]
     test_num = [int(np.round(len(ids) * drawing.test_frac)) for ids in class_ids]
@@ -168,11 +175,11 @@ def make_splits(table: SlideTable, drawing: Drawing) -> list[Split]:
         test_num = [ceil(len(ids) / drawing.n_splits) for ids in class_ids]
     poor = [f"{name} ({len(ids)} {'slides' if drawing.slide_level else 'patients'})"
             for name, ids, n_val, n_test
-            in zip(table.class_names, class_ids, val_num, test_num, strict=True)
-            if len(ids) <= n_val + n_test]
+            in zip(groups, class_ids, val_num, test_num, strict=True) if len(ids) <= n_val + n_test]
     if poor:
         raise Refused(f"nothing would be left to train on for {', '.join(poor)}: lower --val_frac "
-                      "and --test_frac, or leave the class out of --label_dict")
+                      "and --test_frac" + (", or leave the class out of --label_dict"
+                                           if table.task_type == "classification" else ""))
     common: dict[str, Any] = {
         "val_num": val_num, "n_splits": drawing.n_splits, "seed": drawing.seed,
         "label_frac": drawing.label_frac, "subset": drawing.subset}
@@ -230,7 +237,8 @@ def read_split(path: Path, table: SlideTable, *, allow_shared_patients: bool = F
     """Read ``splits_{k}.csv`` (or the ``_bool`` form); ids come in the order of the table.
 
     Raises ``Refused``, naming up to five ids, for ids that are not in the table or listed twice,
-    for a patient in two parts, and for a class without training slides. A patient may be in two
+    for a patient in two parts, and for what training slides cannot teach (a class without any).
+    A patient may be in two
     parts when ``allow_shared_patients``, or when the folder's record says that the splits were
     made by slides on purpose.
     """
@@ -281,7 +289,10 @@ def _made_by_slides(folder: Path) -> bool:
 
 def check_split(split: Split, table: SlideTable, *, what: str,
                 allow_shared_patients: bool = False) -> None:
-    """``Refused`` for a slide listed twice, a patient in two parts, a class nobody trains on."""
+    """``Refused`` for a slide listed twice, a patient in two parts, a class nobody trains on.
+
+    Or, in training: a label that all have or none has, no event, or one value for all.
+    """
     place: dict[str, str] = {}
     twice, crossing = [], {}
     for part, ids in split.parts().items():
@@ -299,21 +310,33 @@ def check_split(split: Split, table: SlideTable, *, what: str,
     if crossing and not allow_shared_patients:
         raise Refused(f"{what} has patients in two parts: {listed(crossing.values())}; results "
                       "would be too good: make patient-level splits with create_splits_seq.py")
-    untrained = np.flatnonzero(table.subset(split.train).class_counts() == 0)
-    if len(untrained):
-        names = listed(table.class_names[index] for index in untrained)
-        raise Refused(f"{what} has no training slide of class {names}: make other splits, or "
-                      "leave the class out of the task")
+    lacking = _lacking(table.subset(split.train), "training")
+    if lacking:
+        raise Refused(f"{what} has {lacking}: make other splits" + {
+            "classification": ", or leave the class out of the task",
+            "multilabel": ", or leave the label out of --label_cols"}.get(table.task_type, ""))
+
+
+def _lacking(slides: SlideTable, part: str) -> str:
+    """What slides of a part can neither teach nor show, "" when nothing."""
+    if slides.targets is None:
+        names = [slides.class_names[index] for index in np.flatnonzero(slides.class_counts() == 0)]
+        return f"no {part} slide of class {listed(names)}" if names else ""
+    if slides.task_type == "survival":
+        return "" if (slides.targets[:, 1] == 1).any() else f"no {part} slide with an event"
+    names = [name for name, column in zip(slides.target_names, slides.targets.T, strict=True)
+             if len(np.unique(column[~np.isnan(column)])) < 2]
+    return f"only one value of {listed(names)} among the {part} slides" if names else ""
 
 
 def split_notes(split: Split, table: SlideTable) -> list[str]:
-    """What is allowed but worth knowing: empty parts, classes absent from validation or test."""
+    """What is allowed but worth knowing: empty parts, and what validation or test cannot show."""
+    figure = {"survival": "c-index", "regression": "R2"}.get(table.task_type, "AUC")
     notes = []
     for part in ("val", "test"):
-        counts = table.subset(split.parts()[part]).class_counts()
-        if not counts.any():
+        slides = table.subset(split.parts()[part])
+        if not len(slides):
             notes.append(f"no {part} slides")
-        elif not counts.all():
-            names = listed(table.class_names[index] for index in np.flatnonzero(counts == 0))
-            notes.append(f"no {part} slide of class {names}: its AUC is not defined there")
+        elif lacking := _lacking(slides, part):
+            notes.append(f"{lacking}: its {figure} is not defined there")
     return notes

@@ -1,18 +1,20 @@
-"""The table of slides: ids as text, one patient and one class each, checked before any work."""
+"""The table of slides: ids as text, one patient and one truth each, checked before any work."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from datasets.targets import cell_faults, read_truths, strata_of
 from datasets.tasks import Task, Voting
 from utils.errors import Refused
+from utils.objectives import TaskType
 from utils.storage import read_table, safe_id
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ MAX_LISTED = 5
 class Patients:
     """The patients of a table, sorted by id.
 
-    case_ids: (P,) text; labels: (P,) int64; slide_rows: for each patient its rows, in table order
+    case_ids: (P,) text; labels: (P,) int64 classes (strata)
+    slide_rows: for each patient its rows, in table order
     """
 
     case_ids: tuple[str, ...]
@@ -38,11 +41,13 @@ class Patients:
 
 @dataclass(frozen=True)
 class SlideTable:
-    """Slides with their patients and classes; all columns are row-aligned.
+    """Slides with their patients and truths; all columns are row-aligned.
 
-    labels: (n,) int64 class indices; class_names: one a class, in class order
+    labels: (n,) int64 class indices; class_names: one a class, in class order. Other task types:
+        strata and their names (``datasets.targets``), for splits and weighted sampling only
     sources: value of the ``source`` column, "" where there is none
     notes: what was odd about the csv and how it was taken, for the run's summary
+    targets: (n, T) float64 truths of other task types, None for classes; target_names: (T,)
     """
 
     slide_ids: tuple[str, ...]
@@ -51,14 +56,22 @@ class SlideTable:
     class_names: tuple[str, ...]
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    task_type: TaskType = "classification"
+    targets: np.ndarray | None = None
+    target_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slide_ids)
 
     @property
     def n_classes(self) -> int:
-        """Number of classes of the task, present in this table or not."""
+        """Number of classes (strata) of the task, present in this table or not."""
         return len(self.class_names)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Classes, labels or values in order; of survival the columns of time and event."""
+        return self.target_names or self.class_names
 
     @cached_property
     def row_of(self) -> Mapping[str, int]:
@@ -66,18 +79,21 @@ class SlideTable:
         return {slide_id: row for row, slide_id in enumerate(self.slide_ids)}
 
     def class_counts(self) -> np.ndarray:
-        """(C,) number of slides of each class."""
+        """(C,) number of slides of each class (stratum)."""
         return np.bincount(self.labels, minlength=self.n_classes)
+
+    def target_of(self, row: int) -> tuple[float, ...] | None:
+        """The truth of a row as ``Bag.target`` takes it; None for classes."""
+        return None if self.targets is None else tuple(self.targets[row].tolist())
 
     def take(self, rows: Sequence[int] | np.ndarray) -> SlideTable:
         """The table of these rows, in this order."""
         index = np.asarray(rows, dtype=np.int64)
-        return SlideTable(
-            slide_ids=tuple(self.slide_ids[row] for row in index),
-            case_ids=tuple(self.case_ids[row] for row in index),
-            labels=self.labels[index], class_names=self.class_names,
+        return replace(
+            self, slide_ids=tuple(self.slide_ids[row] for row in index),
+            case_ids=tuple(self.case_ids[row] for row in index), labels=self.labels[index],
             sources=tuple(self.sources[row] for row in index) if self.sources else (),
-            notes=self.notes)
+            targets=None if self.targets is None else self.targets[index])
 
     def subset(self, slide_ids: Iterable[str]) -> SlideTable:
         """The table of these slides, in this order; ``Refused`` for an id that is not here."""
@@ -111,21 +127,26 @@ def listed(items: Iterable[object]) -> str:
 
 
 def load_table(task: Task) -> SlideTable:
-    """Read and check a task's csv: ``slide_id``, ``case_id``, the label column, maybe ``source``.
+    """Read and check a task's csv: ``slide_id``, ``case_id``, the task's columns, maybe ``source``.
 
-    Rows are filtered, then rows with ignored labels dropped, then labels mapped. Without a
+    Rows are filtered, then rows with ignored labels dropped, then cells read. Without a
     ``case_id`` column each slide is its own patient. Raises ``Refused``, naming up to five rows,
-    for ids that are no plain names, labels outside the map, and slides listed twice in
-    contradiction; a slide listed twice in agreement is kept once, with a note.
+    for ids that are no plain names, cells that say nothing (``datasets.targets``), slides listed
+    twice in contradiction, and patients with two times of survival; a slide listed twice in
+    agreement is kept once, with a note. Values and labels of a regression or a multi-label task
+    may differ between the slides of a patient: they may be of the slide (a share of tumour).
     """
     path = task.csv_path
     table = read_table(path, what="csv")
+    faults = cell_faults(task)
     _need_column(table, "slide_id", path)
-    _need_column(table, task.label_col, path, remedy="give --label_col")
+    for column in faults:
+        _need_column(table, column, path, remedy=_remedy(task, column))
     for column, values in task.filter_dict.items():
         _need_column(table, column, path, remedy="correct filter_dict of the task")
         table = table[table[column].isin(values)]
-    table = table[~table[task.label_col].isin(task.ignore)]
+    if task.ignore:
+        table = table[~table[task.label_col].isin(task.ignore)]
     if table.empty:
         raise Refused(f"csv {path} has no slides" + (
             " left after filter_dict and ignore" if task.filter_dict or task.ignore else ""))
@@ -135,17 +156,42 @@ def load_table(task: Task) -> SlideTable:
         notes.append(f"csv {path} has no column 'case_id': each slide counts as its own patient")
     _check_rows(table, path, "slide_id", _unsafe)
     _check_rows(table, path, "case_id", _unclean)
-    _check_rows(table, path, task.label_col, lambda label: (
-        "" if label in task.label_dict else f"not in the map {dict(task.label_dict)}"))
+    for column, fault in faults.items():
+        _check_rows(table, path, column, fault)
     table, repeated = _without_repeats(table, path, task)
     if repeated:
         notes.append(f"csv {path}: {repeated} rows repeat an earlier slide and are left out")
+    truths = read_truths(table, task)
+    _check_truths(table, truths, path, task)
+    strata = strata_of(truths, task)
+    classes = task.task_type == "classification"
     return SlideTable(
         slide_ids=tuple(table["slide_id"]), case_ids=tuple(table["case_id"]),
-        labels=np.array([task.label_dict[label] for label in table[task.label_col]], np.int64),
-        class_names=task.class_names,
+        labels=strata.of_slide, class_names=strata.names,
         sources=tuple(table["source"]) if "source" in table.columns else (),
-        notes=tuple(notes))
+        notes=tuple(notes), task_type=task.task_type, targets=None if classes else truths,
+        target_names=() if classes else task.truth_columns)
+
+
+def _remedy(task: Task, column: str) -> str:
+    if task.task_type == "classification":
+        return "give --label_col"
+    key = {task.time_col: "time_col", task.event_col: "event_col"}.get(column, "label_cols")
+    return f"give --{key}"
+
+
+def _check_truths(table: pd.DataFrame, truths: np.ndarray, path: Path, task: Task) -> None:
+    """``Refused`` for a slide of which nothing is known, and a patient who survives twice."""
+    unknown = np.isnan(truths).all(axis=1)
+    if unknown.any():
+        raise Refused(f"csv {path}: no label is known of {listed(table['slide_id'][unknown])}: "
+                      "leave these rows out")
+    if task.task_type == "survival":
+        facts = table[["case_id"]].assign(time=truths[:, 0], event=truths[:, 1]).drop_duplicates()
+        clash = facts["case_id"][facts["case_id"].duplicated()].drop_duplicates()
+        if len(clash):
+            raise Refused(f"csv {path} gives the slides of patients {listed(clash)} different "
+                          "times or events: a patient has one, keep the right rows")
 
 
 def _need_column(table: pd.DataFrame, column: str, path: Path, *, remedy: str = "add it") -> None:
@@ -189,12 +235,13 @@ def _check_rows(table: pd.DataFrame, path: Path, column: str,
 
 
 def _without_repeats(table: pd.DataFrame, path: Path, task: Task) -> tuple[pd.DataFrame, int]:
-    """One row a slide; ``Refused`` when its rows differ in class or patient."""
+    """One row a slide; ``Refused`` when its rows differ in truth or patient."""
     repeated = table["slide_id"].duplicated()
     if not repeated.any():
         return table, 0
-    classes = table[task.label_col].map(task.label_dict)
-    facts = table[["slide_id", "case_id"]].assign(label=classes).drop_duplicates()
+    facts = table[["slide_id", "case_id"]].copy()
+    facts[[f"truth {column}" for column in task.truth_columns]] = read_truths(table, task)
+    facts = facts.drop_duplicates()
     clash = facts["slide_id"][facts["slide_id"].duplicated()].drop_duplicates()
     if len(clash):
         raise Refused(f"csv {path} lists {listed(clash)} twice, with different labels or patients: "

@@ -227,3 +227,40 @@ def test_a_class_missing_from_a_test_set_is_reported(
     assert create_splits_seq.main(argv) == 0
     out = capsys.readouterr().out
     assert "no test slide of class 'b'" in out and "its own patient" in out
+
+
+@pytest.mark.parametrize(("flags", "strata"), [
+    (["--task_type", "survival", "--time_col", "months", "--event_col", "died"],
+     ("censored", "event")),
+    (["--task_type", "multilabel", "--label_cols", "er", "pr"], ("not er", "er")),
+    (["--task_type", "regression", "--label_cols", "months"],
+     ("months up to", "months above"))])
+def test_other_task_types_are_divided_by_patient_and_stratum(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str],
+        strata: tuple[str, ...]) -> None:
+    table = tmp_path / "t.csv"
+    rows = [f"p{row // 2:02d},s{row:03d},{row // 2 + 0.5},{'no' if row % 6 < 2 else 'yes'},"
+            f"{row % 2},{'' if row % 5 else int(row % 10 == 0)}" for row in range(90)]
+    table.write_text("case_id,slide_id,months,died,er,pr\n" + "\n".join(rows) + "\n")
+    argv = ["--csv_path", str(table), *flags, "--k", "3", "--scheme", "kfold", "--splits_root",
+            str(tmp_path / "out")]
+    assert create_splits_seq.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "checked: no patient is in two parts" in out
+    assert all(name in out for name in strata)
+    folder = tmp_path / "out" / "t_100"
+    tested = [slide for fold in range(3) for slide in parts(folder, fold)["test"]]
+    assert sorted(tested) == [f"s{row:03d}" for row in range(90)]
+    assert record(folder)["task_type"] == flags[1] and "label_dict" not in record(folder)
+    assert create_splits_seq.main(argv) == 0 and "already done" in capsys.readouterr().out
+    table.write_text(table.read_text().replace(",0.5,", ",0.25,").replace("s000,0.25,no,0,1",
+                                                                          "s000,0.25,no,0,0"))
+    with pytest.raises(Refused, match="other parameters"):  # the truths are part of the record
+        create_splits_seq.main(argv)
+
+
+@pytest.mark.parametrize("name", ["survival", "multilabel", "regression"])
+def test_the_example_tables_give_splits(tmp_path: Path, name: str) -> None:
+    argv = ["--task", f"example_{name}", "--splits_root", str(tmp_path), "--k", "5"]
+    assert create_splits_seq.main(argv) == 0
+    assert len(list((tmp_path / f"example_{name}_100").glob("splits_*.csv"))) == 15

@@ -84,6 +84,23 @@ def test_c2_equal_repeats_are_kept_once_and_said(run_script: Run, tmp_path: Path
     assert "1 rows repeat" in done.stdout
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ("p20,020,-3,1", ("line 22", "'-3'", "not below 0")),
+    ("p20,020,,1", ("line 22", "''", "no time")),
+    ("p20,020,nan,1", ("line 22", "'nan'")),
+    ("p20,020,3,2", ("line 22", "'2'", "no event")),
+    ("p19,020,3,1", ("'p19'", "different times or events")),
+])
+def test_c3_bad_survival_rows_are_refused_with_their_line(
+        run_script: Run, tmp_path: Path, change: str, words: tuple[str, ...]) -> None:
+    rows = [f"p{row:02d},{row:03d},{row + 1},{row % 2}" for row in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join(["case_id,slide_id,t,e", *rows, change]) + "\n")
+    done = run_script("create_splits_seq.py", "--csv_path", tmp_path / "t.csv", "--task_type",
+                      "survival", "--time_col", "t", "--event_col", "e", "--splits_root",
+                      tmp_path / "splits")
+    assert_refused(done, tmp_path, *words)
+
+
 @pytest.mark.parametrize(("data", "word"), [
     (b"", "not a csv"), (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "UTF-8"),
     (b"case_id,slide_id,label\n", "no slides"), (b"case_id,label\np,a\n", "'slide_id'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from datasets.split_folder import SplitFolder
 from datasets.splits import (
     Drawing,
     Split,
+    check_split,
     make_splits,
     read_split,
     split_files,
@@ -247,3 +249,62 @@ def test_a_split_file_edited_by_hand_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"differ .*'splits_1\.csv'"):
         folder.is_done()
     assert not folder.is_done(overwrite=True)
+
+
+def survivors(n_patients: int = 40, *, n_events: int = 20) -> SlideTable:
+    """Patients of two slides; the first ``n_events`` of them have an event."""
+    cases = [f"p{patient:03d}" for patient in range(n_patients) for _ in range(2)]
+    events = np.array([int(case[1:]) < n_events for case in cases], dtype=np.int64)
+    return SlideTable(
+        tuple(f"{row:04d}" for row in range(len(cases))), tuple(cases), events,
+        ("censored", "event"), task_type="survival", target_names=("time", "event"),
+        targets=np.stack([np.arange(len(cases)) // 2 + 1.0, events], axis=1))
+
+
+@pytest.mark.parametrize("scheme", ["clam", "kfold"])
+def test_survival_is_stratified_by_event(scheme: str) -> None:
+    table = survivors()
+    for split in make_splits(table, Drawing(n_splits=5, seed=1, scheme=scheme)):  # type: ignore[arg-type]
+        n_test = 4 if scheme == "kfold" else 2
+        assert table.subset(split.test).class_counts().tolist() == [2 * n_test] * 2
+        assert not cases_of(split.train, table) & cases_of(split.test, table)
+        check_split(split, table, what="split")
+
+
+def test_a_stratum_that_vanishes_does_not_stop_the_splits() -> None:
+    """No censored slide at all; and a quarter of values that loses its patients by the vote."""
+    table = survivors(n_events=40)
+    split, = make_splits(table, Drawing(n_splits=1, seed=1))
+    assert table.subset(split.test).class_counts().tolist() == [0, 8]
+    values = replace(table, task_type="regression", target_names=("v", "w"),
+                     labels=np.arange(80) % 2, class_names=("v up to 1", "v above 1"))
+    assert len(make_splits(values, Drawing(n_splits=1, seed=1))) == 1
+
+
+def split_of(table: SlideTable, train: slice, test: slice) -> Split:
+    return Split(table.slide_ids[train], (), table.slide_ids[test])
+
+
+def test_what_cannot_be_learnt_from_the_training_slides_is_refused() -> None:
+    table = survivors(n_events=2)
+    with pytest.raises(Refused, match="no training slide with an event: make other splits$"):
+        check_split(split_of(table, slice(4, 40), slice(0, 4)), table, what="split")
+    labels = replace(table, task_type="multilabel", target_names=("er", "pr"),
+                     targets=np.array([[row % 2, row < 4 or np.nan] for row in range(80)], float))
+    with pytest.raises(Refused, match="only one value of 'pr' among the training slides.*"
+                                      "label out of --label_cols"):
+        check_split(split_of(labels, slice(0, 40), slice(40, 80)), labels, what="split")
+    values = replace(table, task_type="regression", targets=np.ones((80, 2)))
+    with pytest.raises(Refused, match="only one value of 'time', 'event'"):
+        check_split(split_of(values, slice(0, 40), slice(40, 80)), values, what="split")
+    censored_only = split_of(survivors(), slice(0, 20), slice(60, 80))
+    check_split(censored_only, survivors(), what="split")  # censored slides are no class
+
+
+def test_what_validation_and_test_cannot_show_is_noted() -> None:
+    table = survivors()
+    assert split_notes(split_of(table, slice(0, 20), slice(60, 80)), table) == [
+        "no val slides", "no test slide with an event: its c-index is not defined there"]
+    values = replace(table, task_type="regression", targets=np.repeat([[1.0, 2.0]], 80, axis=0))
+    assert "its R2 is not defined" in split_notes(
+        split_of(values, slice(0, 20), slice(60, 80)), values)[1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from datasets.table import load_table
 from datasets.tasks import load_task
 from tests.conftest import ROOT
 from utils.errors import Refused
@@ -100,3 +102,52 @@ def test_a_missing_map_is_asked_for_with_the_labels_found(tmp_path: Path) -> Non
         load_task(None, csv_path=tmp_path / "t.csv")
     with pytest.raises(Refused, match="no column 'grade'"):
         load_task(None, csv_path=tmp_path / "t.csv", label_col="grade")
+
+
+def test_the_three_examples_of_other_types_load_as_they_are() -> None:
+    survival = load_task("example_survival", tasks_file=TASKS)
+    assert (survival.task_type, survival.truth_columns) == ("survival", ("months", "died"))
+    assert survival.n_outputs == 0
+    multilabel = load_task("example_multilabel", tasks_file=TASKS)
+    assert (multilabel.task_type, multilabel.n_outputs) == ("multilabel", 3)
+    regression = load_task("example_regression", tasks_file=TASKS)
+    assert (regression.task_type, regression.truth_columns) == (
+        "regression", ("purity", "mutations_per_mb"))
+    for task in (survival, multilabel, regression):
+        assert len(load_table(task)) >= 40
+
+
+def test_a_task_can_be_said_again_in_flags() -> None:
+    task = load_task(None, csv_path=Path("t.csv"), task_type="survival", time_col="m",
+                     event_col="e")
+    assert task.flags == "--csv_path t.csv --task_type survival --time_col m --event_col e"
+    values = load_task(None, csv_path=Path("t.csv"), task_type="regression", label_cols=["a", "b"])
+    assert values.flags == "--csv_path t.csv --task_type regression --label_cols a b"
+    classes = load_task(None, csv_path=Path("t.csv"), label_dict={"a": 0, "b": 1}, label_col="x")
+    assert classes.flags == "--csv_path t.csv --label_col x --label_dict a:0,b:1"
+    assert (classes.n_outputs, classes.truth_columns) == (2, ("x",))
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"task_type": "survival"}, "--time_col and --event_col required.*columns slide_id, m, e"),
+    ({"task_type": "survival", "time_col": "m"}, "^--event_col required"),
+    ({"task_type": "survival", "time_col": "m", "event_col": "m"}, "a column twice: m, m"),
+    ({"task_type": "survival", "label_dict": {"a": 0, "b": 1}},
+     "label_dict goes with --task_type classification.*takes time_col, event_col"),
+    ({"task_type": "regression", "label_col": "m"}, "label_col goes with.*takes label_cols"),
+    ({"task_type": "multilabel"}, "--label_cols required"),
+    ({"task_type": "multilabel", "label_cols": ("m", "m")}, "a column twice"),
+    ({"label_cols": ("m",)}, "label_cols goes with --task_type multilabel or regression"),
+    ({"time_col": "m", "event_col": "e"}, "time_col goes with --task_type survival"),
+])
+def test_columns_of_another_task_type_are_refused(
+        tmp_path: Path, flags: dict[str, Any], message: str) -> None:
+    (tmp_path / "t.csv").write_text("slide_id,m,e\na,1,1\n")
+    with pytest.raises(Refused, match=message):
+        load_task(None, csv_path=tmp_path / "t.csv", **flags)
+
+
+def test_a_type_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path, "alpha: {csv_path: t.csv, task_type: ranking}")
+    with pytest.raises(Refused, match="one of classification, multilabel, regression, survival"):
+        load_task("alpha", tasks_file=tasks)
