@@ -17,19 +17,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from datasets.bags import CacheMode
 from datasets.cohort import Cohort, find_split_folder, load_cohort
 from datasets.splits import split_folder_name
 from datasets.tasks import TaskOptions, load_task
-from models.slide_models import SLIDE_MODELS, SlideModelSpec, build_slide_model
+from datasets.training_facts import training_facts
+from models.model_flags import ModelFlags, describe_model
+from models.slide_models import SlideModelSpec, build_slide_model
 from utils.cross_validation import Environment, run_folds, train_and_test
-from utils.devices import Precision, check_precision, pick_device
+from utils.devices import check_precision, pick_device
 from utils.distributed import local_processes, process_group
 from utils.errors import Refused, run_script
+from utils.fit_options import FitOptions, check_fit
 from utils.folds import (
     FoldFiles,
     FoldState,
@@ -40,62 +43,41 @@ from utils.folds import (
     write_settings,
     write_summary,
 )
+from utils.legacy_config import translate_config
 from utils.locks import claim, sweep_locks
-from utils.options import option, parse, resolved, save_options
+from utils.options import option, parse, pick, resolved, save_options
 from utils.report import Row, RunReport, Status
 from utils.storage import safe_id, writable_folder
 
-if TYPE_CHECKING:
-    from utils.engine import FitOptions
-
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TaskOptions):
-    """Flags of main.py: those of the task, then CLAM's by their names and meanings, then ours."""
+class Options(ModelFlags, FitOptions, TaskOptions):
+    """Flags of main.py: of the run, the task, the training and the model (see their classes)."""
 
     data_root_dir: Path = option(help="folder with the feature folders")
-    embed_dim: int = option(1024, help="width of the features", low=1)
-    max_epochs: int = option(200, help="most epochs to train", low=1)
-    lr: float = option(1e-4, help="learning rate", low=0)
-    reg: float = option(1e-5, help="weight decay", low=0)
+    feature_dir: str | None = option(None, help="sub-folder of --data_root_dir with the features")
+    child_levels: tuple[int, ...] = option((), low=0, help="finer levels of hag_mil, coarse to "
+                                           "fine: features in <folder>_level_<n>_corresponding")
+    child_dirs: tuple[Path, ...] = option((), help="feature folders of the finer levels, instead "
+                                          "of --child_levels")
     label_frac: float = option(1.0, help="share of training labels: names the split folder",
                                low=0, high=1)
-    seed: int = option(1, help="seed of everything random, set again for each fold",
-                       low=0, high=2**32 - 1)
     k: int = option(10, help="number of folds", low=1)
     k_start: int = option(-1, help="first fold, -1 = 0", low=-1)
     k_end: int = option(-1, help="fold after the last, -1 = k", low=-1)
-    results_dir: Path = option(Path("results"), help="folder for the experiment's folder")
+    splits_root: Path = option(Path("splits"), help="folder that holds the folders of splits")
     split_dir: str | None = option(None, help="folder under --splits_root, or a path (default: "
                                    "<task>_<percent of labels>)")
-    log_data: bool = option(False, help="write TensorBoard logs")
-    testing: bool = option(False, help="try out on a tenth of the slides of each class")
-    early_stopping: bool = option(False, help="stop on validation loss and keep the best epoch")
-    opt: Literal["adam", "sgd", "adamw"] = option("adam", help="optimiser (sgd: momentum 0.9)")
-    drop_out: float = option(0.25, help="dropout after the first layer", bare=0.25,
-                             low=0, high=0.99)
-    bag_loss: Literal["svm", "ce"] = option("ce", help="slide loss")
-    model_type: str = option("clam_sb", help="slide model", choices=list(SLIDE_MODELS))
-    model_size: Literal["small", "big"] = option("small", help="width of the attention")
+    allow_shared_patients: bool = option(False, help="accept splits that divide a patient's slides")
+    val_is_test: bool = option(False, help="legacy protocol: the test slides are the validation "
+                               "slides too, which makes the figures optimistic; reports say so")
+    results_dir: Path = option(Path("results"), help="folder for the experiment's folder")
     exp_code: str | None = option(None, help="name of the experiment (default: <task>_<model>)")
-    weighted_sample: bool = option(False, help="draw slides so that classes are balanced")
-    no_inst_cluster: bool = option(False, help="CLAM without instance clustering")
-    inst_loss: Literal["svm", "ce", "None"] | None = option(None, help="instance loss (None: ce)")
-    subtyping: bool = option(False, help="classes exclude each other (CLAM models)")
-    bag_weight: float = option(0.7, help="share of the slide loss in the total", low=0, high=1)
-    B: int = option(8, help="instances sampled from each end; 0 or less = 8")
-    feature_dir: str | None = option(None, help="sub-folder of --data_root_dir with the features")
-    splits_root: Path = option(Path("splits"), help="folder that holds the folders of splits")
-    attention_dropout: float | None = option(
-        None, help="dropout in the attention (default: 0.25, none with --drop_out 0)",
-        low=0, high=0.99)
-    ungated: bool = option(False, help="attention without the sigmoid gate")
-    patience: int = option(20, help="epochs without improvement before stopping", low=1)
-    stop_epoch: int = option(50, help="never stop at or before this epoch (from 0)", low=0)
-    accumulate: int = option(1, help="slides per optimiser step", low=1)
-    clip_grad: float | None = option(None, help="largest gradient norm", low=1e-6)
+    log_data: bool = option(False, help="write TensorBoard logs")
+    log_dir: Path | None = option(None, help="folder for them (default: the experiment's)")
+    testing: bool = option(False, help="try out on a tenth of the slides of each class")
+    print_info: bool = option(True, help="without the table of slides by fold, part and class")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N")
-    precision: Precision = option("fp32", help="number format of the forward pass")
     cache: CacheMode = option("auto", help="keep features in memory")
     fold_workers: int = option(1, help="folds trained at once, each in a process", low=1)
     num_threads: int | None = option(None, help="CPU threads of all folds together", low=1)
@@ -112,10 +94,21 @@ class Job:
     spec: SlideModelSpec
     fit: FitOptions
     where: Environment
+    balanced: bool
+    child_levels: tuple[int, ...]
+    print_info: bool
+
+    def spec_of(self, fold: int) -> SlideModelSpec:
+        """The model of a fold, with what its training slides decide (weights, bins, scale)."""
+        train = self.cohort.bags.table.subset(self.cohort.splits[fold].train)
+        facts: dict[str, Any] = dict(training_facts(
+            train, n_bins=self.spec.n_classes, bag_loss=self.spec.bag_loss or "",
+            balanced=self.balanced))
+        return replace(self.spec, **facts)
 
     def facts(self, fold: int) -> dict[str, Any]:
         """What decides the fold's result, beside how it is trained."""
-        return {**asdict(self.spec), **self.cohort.facts(fold)}
+        return {**asdict(self.spec_of(fold)), **self.cohort.facts(fold)}
 
 
 def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row]:
@@ -139,20 +132,26 @@ def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row
             job.cohort.write_split(job.folder, fold)
         group.wait()
         seed_everything(job.fit.seed)
-        bags = job.cohort.parts(fold)
+        bags, spec = job.cohort.parts(fold), job.spec_of(fold)
         train_and_test(
-            build_slide_model(job.spec), bags, files=files, options=job.fit,
-            facts=job.facts(fold), train_labels=bags["train"].labels, where=job.where,
-            n_classes=job.spec.n_classes, description={
-                "spec": asdict(job.spec), "class_names": bags["train"].table.class_names,
-                "encoder": job.cohort.encoder})
+            build_slide_model(spec), bags, files=files, options=job.fit, facts=job.facts(fold),
+            train_labels=bags["train"].labels, where=job.where, description={
+                "spec": asdict(spec), "class_names": bags["train"].table.class_names,
+                "target_names": bags["train"].table.target_names,
+                "encoder": job.cohort.encoder, "child_levels": list(job.child_levels)})
     return fold_rows(files, status=Status.DONE)
 
 
 def plan_folds(job: Job, folds: range, *, overwrite: bool) -> dict[int, FoldState]:
     """How far each fold is; ``Refused`` when finished ones would be mixed or replaced unasked."""
+    import torch
+
     from utils.engine import run_settings
 
+    spec = job.spec_of(folds.start)
+    check_fit(job.fit, spec.objective(), processes=job.where.group.size)
+    with torch.device("meta"):
+        build_slide_model(spec)  # what cannot be built is refused now
     settings = {fold: run_settings(job.fit, job.facts(fold), ranks=job.where.group.size)
                 for fold in folds}
     check_other_folds(job.folder, folds, settings[folds.start])
@@ -162,8 +161,9 @@ def plan_folds(job: Job, folds: range, *, overwrite: bool) -> dict[int, FoldStat
     if job.where.group.is_main:
         print(f"{job.folder}: {len(job.cohort.bags)} slides, {job.spec.model_type}, "
               f"{job.where.device}")
-        for note in job.cohort.notes:
-            print(f"note: {note}")
+        for line in (*(f"note: {note}" for note in job.cohort.notes),
+                     *(job.cohort.overview() if job.print_info else ())):
+            print(line)
         for state in FoldState:
             if which := [str(fold) for fold in folds if states[fold] is state]:
                 print(f"{state.value}: fold {', '.join(which)}")
@@ -189,23 +189,20 @@ def run_job(job: Job, states: dict[int, FoldState], *, workers: int) -> RunRepor
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Validate everything, show the plan, train the folds, report."""
-    options = parse(Options, prog="main.py", description=__doc__ or "", argv=argv)
+    options = parse(Options, prog="main.py", description=__doc__ or "", argv=argv,
+                    translate=translate_config)
     folds = fold_range(options.k, k_start=options.k_start, k_end=options.k_end)
     device = pick_device(options.device)
     if options.fold_workers > 1 and local_processes() > 1:
         raise Refused("--fold_workers runs folds side by side, torchrun shares each: choose one")
-    task = load_task(options.task, csv_path=options.csv_path, label_col=options.label_col,
-                     label_dict=options.label_dict, feature_dir=options.feature_dir,
-                     tasks_file=options.tasks_file)
+    task = load_task(**pick(TaskOptions, options), feature_dir=options.feature_dir)
     if task.subtyping_required and "clam" in options.model_type and not options.subtyping:
         raise Refused(f"task {task.name} tells subtypes apart: CLAM models need --subtyping for it")
-    spec = SlideModelSpec(
-        model_type=options.model_type, embed_dim=options.embed_dim, n_classes=task.n_classes,
-        model_size=options.model_size, dropout=options.drop_out, gated=not options.ungated,
-        k_sample=options.B if options.B > 0 else 8, subtyping=options.subtyping,
-        bag_loss=options.bag_loss, inst_loss="svm" if options.inst_loss == "svm" else "ce",
-        bag_weight=options.bag_weight, instance_clustering=not options.no_inst_cluster,
-        attention_dropout=options.attention_dropout)
+    levels = options.child_dirs or options.child_levels
+    spec = describe_model(options, task_type=task.task_type, n_classes=task.n_outputs,
+                          n_levels=1 + len(levels))
+    fit = FitOptions(**pick(FitOptions, options))
+    check_precision(fit.precision, device)
     exp_code = safe_id(options.exp_code or f"{task.name}_{spec.model_type}", what="--exp_code")
     split_folder = find_split_folder(
         options.splits_root, options.split_dir or split_folder_name(task.name, options.label_frac),
@@ -214,20 +211,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         task, data_root=options.data_root_dir, split_folder=split_folder, folds=folds,
         embed_dim=spec.embed_dim, allow_missing=options.allow_missing, tenth=options.testing,
         cache=options.cache, processes=max(options.fold_workers, local_processes()),
-        pin=device.type == "cuda")
+        pin=device.type == "cuda", child_levels=options.child_levels,
+        child_dirs=options.child_dirs, val_is_test=options.val_is_test,
+        allow_shared_patients=options.allow_shared_patients)
     import torch
 
-    from utils.engine import FitOptions
-
-    fit = FitOptions(**{item.name: getattr(options, item.name) for item in fields(FitOptions)})
-    check_precision(fit.precision, device)
     folder = writable_folder(options.results_dir / f"{exp_code}_s{options.seed}",
                              what="results folder")
     threads = (options.num_threads or torch.get_num_threads()) // options.fold_workers
     with process_group(device) as group:
         job = Job(folder=folder, cohort=cohort, spec=spec, fit=fit, where=Environment(
             device=device, group=group, threads=max(1, threads), log_data=options.log_data,
-            progress=options.fold_workers == 1))
+            log_dir=options.log_dir, progress=options.fold_workers == 1),
+            balanced=options.class_weights == "balanced", child_levels=options.child_levels,
+            print_info=options.print_info)
         states = plan_folds(job, folds, overwrite=options.overwrite)
         if group.is_main:
             sweep_locks(folder)

@@ -34,10 +34,20 @@ from utils.storage import read_json, read_table, write_json
 
 TILE_PX, STEP_PX, ENLARGED_PX = 96, 50, 128
 PUBLISHED = "attention MIL, Ilse et al. 2018: accuracy 0.904 +- 0.011"
-RECIPES = {  # one recipe a model, the same for every seed and fold
+RECIPES = {  # one recipe a model, the same for every seed and fold; hag_mil sees one magnification
     "abmil": ["--model_type", "abmil"],
+    "abmil_ungated": ["--model_type", "abmil", "--ungated"],
     "clam_sb": ["--model_type", "clam_sb", "--bag_weight", "0.7"],
+    "clam_mb": ["--model_type", "clam_mb", "--bag_weight", "0.7"],
+    "abmilx": ["--model_type", "abmilx", "--inner_dim", "256"],
+    "transmil": ["--model_type", "transmil", "--inner_dim", "128"],
+    "dsmil": ["--model_type", "dsmil"],
+    "hag_mil": ["--model_type", "hag_mil", "--hidden_dims", "128", "128"],
+    "mean": ["--model_type", "mean"],
+    "max": ["--model_type", "max"],
+    "mil": ["--model_type", "mil"],
 }
+WITHOUT_ATTENTION = ("mean", "max", "mil")
 COMMON = ["--lr", "1e-4", "--reg", "1e-3", "--drop_out", "0.25", "--max_epochs", "50",
           "--early_stopping", "--stop_epoch", "15", "--patience", "8"]
 
@@ -111,7 +121,7 @@ def cross_validate(model: str, seed: int, folds: int, data: Path, out: Path) -> 
         "--fold_workers", os.cpu_count() or 1)
     run("eval.py", *table, "--data_root_dir", out / "features", "--embed_dim", 1280,
         "--k", folds, "--results_dir", out / "results", "--models_exp_code", f"{model}_s{seed}",
-        "--save_exp_code", f"{model}_s{seed}", "--model_type", model,
+        "--save_exp_code", f"{model}_s{seed}",
         "--output_root", out / "eval_results", "--no_report")
     evaluated = out / f"eval_results/EVAL_{model}_s{seed}"
     accuracy = [float(np.mean(fold["Y"].astype(float) == fold["Y_hat"].astype(float)))
@@ -123,7 +133,12 @@ def cross_validate(model: str, seed: int, folds: int, data: Path, out: Path) -> 
 
 
 def attention_auc(out: Path, model: str, seed: int, folds: int, data: Path) -> float:
-    """Mean over positive test bags of the AUC of attention for tiles with epithelial nuclei."""
+    """Mean over positive test bags of the AUC of attention for tiles with epithelial nuclei.
+
+    NaN for models without attention.
+    """
+    if model in WITHOUT_ATTENTION:
+        return float("nan")
     from scripts.attention_check import attention_of_fold
     from utils.metrics import binary_auc
 
@@ -157,14 +172,14 @@ def epithelial_nuclei(data: Path) -> dict[str, np.ndarray]:
 
 def print_table(rows: list[dict[str, Any]], models: tuple[str, ...]) -> None:
     """Mean and standard deviation over seeds for each model, beside the published figure."""
-    print("\nmodel     accuracy         AUC              attention AUC on nuclei")
+    print("\nmodel           accuracy         AUC              attention AUC on nuclei")
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         cells = []
         for key in ("accuracy", "auc", "attention"):
             values = np.array([row[key] for row in mine])
             cells.append(f"{values.mean():.3f} +- {values.std(ddof=min(1, len(values) - 1)):.3f}")
-        print(f"{model:<8}  " + "   ".join(cells))
+        print(f"{model:<14}  " + "   ".join(cells))
     print(f"published: {PUBLISHED}")
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from utils.options import build, from_mapping, option
+from utils.errors import Refused
+from utils.options import build, from_mapping, load_yaml, option, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,14 @@ class AbmilxOptions:
         1.0, help="weight of A+ at the start; 'null' in a yaml: drawn from N(0, 1) as published")
     ffn: bool = option(False, help="feed-forward layer on the slide vector (abmilx)")
     proj_drop: float = option(0.0, help="dropout of the slide vector (abmilx)", low=0, high=0.99)
+    sdpa_type: Literal["auto", "blocks", "fused"] = option(
+        "auto", help="how A+ is computed (abmilx): blocks of patches, or torch's fused attention; "
+        "same numbers, other time and memory; auto: fused on CUDA, else blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransmilOptions:
-    """TransMIL."""
+    """TransMIL (Shao et al. 2021); ``attention_dropout`` is 0.1 there unless given."""
 
     inner_dim: int = option(512, help="width of the embedding (abmilx, transmil)", low=1)
     n_heads: int = option(8, help="attention heads (abmilx, transmil)", low=1)
@@ -56,11 +61,12 @@ class TransmilOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DsmilOptions:
-    """DSMIL."""
+    """DSMIL (Li et al. 2021), published defaults; ``dropout`` has no layer to follow there."""
 
     query_dim: int = option(128, help="width of the queries (dsmil)", low=1)
     passing_v: bool = option(False, help="a layer on the values (dsmil)")
     linear_query: bool = option(False, help="one linear layer for the queries (dsmil)")
+    value_dropout: float = option(0.0, help="dropout of the values (dsmil)", low=0, high=0.99)
     max_weight: float = option(0.5, help="share of the highest instance's loss (dsmil)",
                                low=0, high=1)
 
@@ -73,21 +79,22 @@ class HagOptions:
                                           help="widths of the blocks (hag_mil)")
     t_patch: tuple[float, ...] = option(
         (7000.0,), help="parents kept in training, a number or (below 1) a fraction; one value, or "
-        "one a level (hag_mil)", low=0)
+        "one for each level but the finest (hag_mil)", low=0)
     v_patch: tuple[float, ...] = option(
-        (10000.0,), help="parents kept otherwise (hag_mil)", low=0)
+        (10000.0,), help="parents kept in validation and evaluation (hag_mil)", low=0)
     inst_weight: float = option(0.5, help="weight of the instance loss (hag_mil)", low=0)
-    level_smoothing: tuple[float, ...] = option(
-        (0.1, 0.0), help="label smoothing of each level, coarse to fine; two values: all but the "
-        "finest, the finest (hag_mil)", low=0, high=0.99)
+    level_smoothing: tuple[float, ...] | None = option(
+        None, help="label smoothing of each level, coarse to fine; two values: all but the finest, "
+        "the finest (hag_mil; default: 0.1 0 with bag_loss ce, else none)", low=0, high=0.99)
     landmarks: int | None = option(None, help="landmarks of the Nystrom attention (transmil, "
                                    "hag_mil; default: half of the width)", low=1)
     legacy_padding: bool = option(False, help="zero rows in front take part in the attention, as "
                                   "published (transmil, hag_mil)")
     legacy_order: bool = option(False, help="children in the order of their parents' attention, "
                                 "as published, not in that of the slide (hag_mil)")
-    checkpointing: bool = option(True, help="keep the activations of all blocks instead of "
-                                 "computing them again (hag_mil)")
+    checkpoint_above: int = option(
+        4096, help="patches of a level above which training computes the inside of a block again "
+        "instead of holding it: less memory, a third more time (hag_mil)", low=0)
 
 
 MODEL_OPTIONS: dict[str, type] = {
@@ -104,5 +111,18 @@ def options_of(model_type: str, values: Mapping[str, Any], *, source: str) -> di
 
 def pick_options(model_type: str, flags: object) -> dict[str, Any]:
     """The options of a model out of an object that has those of all."""
-    kind = MODEL_OPTIONS.get(model_type, NoOptions)
-    return {item.name: getattr(flags, item.name) for item in fields(kind)}
+    return pick(MODEL_OPTIONS.get(model_type, NoOptions), flags)
+
+
+def read_model_options(path: Path) -> dict[str, Any]:
+    """Options of any model family out of a YAML file, a preset for example; what else it holds is
+    left out. ``Refused`` for bad values, and for a file without any."""
+    hints = {item.name: kind for kind in MODEL_OPTIONS.values() for item in fields(kind)}
+    found = {}
+    for key, value in load_yaml(path).items():
+        if key in hints:
+            found.update(from_mapping(hints[key], {key: value}, source=str(path)))
+    if not found:
+        raise Refused(f"{path} holds no option of a model: expected some of "
+                      f"{', '.join(sorted(hints))}")
+    return found

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CLAM_ATTENTION_DROPOUT = 0.25
+TRANSMIL_DROPOUT = 0.1  # after its attention
 # Models that learn from a class beside the slide's own loss, and so know no other task with it
 CLASSES_ONLY = ("mil",)
 CLASSES_WITH_CLUSTERING = ("clam_sb", "clam_mb", "hag_mil")
@@ -34,7 +35,7 @@ class SlideModelSpec:
     n_classes: outputs: classes, or labels, values, bins of time (Cox: 1) of another task;
     model_size: width of the attention, small 256 or big 384 (``mil`` has none);
     dropout: after the trunk; attention_dropout: in the attention, None = as CLAM does, 0.25
-    whenever ``dropout`` is not 0; gated: sigmoid gate in the attention;
+    (transmil 0.1) whenever ``dropout`` is not 0; gated: sigmoid gate in the attention;
     k_sample to instance_clustering: see ``models.clam.CLAM_SB``;
     task_type to nll_alpha: what is learnt, see ``utils.objectives.build_objective``; what comes
     from training slides (weights, edges, mean) differs between folds;
@@ -148,6 +149,15 @@ def _abmil(spec: SlideModelSpec) -> nn.Module:
     return ABMIL(**_attention_options(spec))
 
 
+@SLIDE_MODELS.register("abmilx")
+def _abmilx(spec: SlideModelSpec) -> nn.Module:
+    from models.abmilx import ABMILX
+
+    return ABMILX(n_classes=spec.n_classes, embed_dim=spec.embed_dim, dropout=spec.dropout,
+                  attention_dropout=spec.attention_rate, objective=spec.objective(),
+                  **spec.options)
+
+
 @SLIDE_MODELS.register("mil")
 def _mil(spec: SlideModelSpec) -> nn.Module:
     from models.mil_fc import MIL_fc, MIL_fc_mc
@@ -158,10 +168,57 @@ def _mil(spec: SlideModelSpec) -> nn.Module:
         n_classes=spec.n_classes, **options)
 
 
-def _attention_options(spec: SlideModelSpec) -> dict[str, Any]:
+@SLIDE_MODELS.register("transmil")
+def _transmil(spec: SlideModelSpec) -> nn.Module:
+    from models.transmil import TransMIL
+
+    rate = spec.attention_dropout
+    if rate is None:
+        rate = TRANSMIL_DROPOUT if spec.dropout > 0.0 else 0.0
+    return TransMIL(**_common(spec), **spec.options, dropout=rate)
+
+
+@SLIDE_MODELS.register("dsmil")
+def _dsmil(spec: SlideModelSpec) -> nn.Module:
+    from models.dsmil import DSMIL
+
+    return DSMIL(**_common(spec), **spec.options)
+
+
+@SLIDE_MODELS.register("mean")
+def _mean(spec: SlideModelSpec) -> nn.Module:
+    from models.pooling import MeanPooling
+
+    return MeanPooling(**_common(spec), dropout=spec.dropout)
+
+
+@SLIDE_MODELS.register("max")
+def _max(spec: SlideModelSpec) -> nn.Module:
+    from models.pooling import MaxPooling
+
+    return MaxPooling(**_common(spec), dropout=spec.dropout)
+
+
+@SLIDE_MODELS.register("hag_mil")
+def _hag_mil(spec: SlideModelSpec) -> nn.Module:
+    from models.hag_mil import HAGMIL
+
+    if spec.label_smoothing:
+        raise Refused("model: hag_mil smooths each level by itself: give --level_smoothing "
+                      "instead of --label_smoothing")
+    clustering = _clustering_options(spec)
+    return HAGMIL(**_common(spec), **clustering, **spec.options, n_levels=spec.n_levels,
+                  gated=spec.gated, dropout=spec.dropout, attention_dropout=spec.attention_rate)
+
+
+def _common(spec: SlideModelSpec) -> dict[str, Any]:
     return {"n_classes": spec.n_classes, "embed_dim": spec.embed_dim,
-            "model_size": spec.model_size, "gated": spec.gated, "dropout": spec.dropout,
-            "attention_dropout": spec.attention_rate, "objective": spec.objective()}
+            "objective": spec.objective()}
+
+
+def _attention_options(spec: SlideModelSpec) -> dict[str, Any]:
+    return {**_common(spec), "model_size": spec.model_size, "gated": spec.gated,
+            "dropout": spec.dropout, "attention_dropout": spec.attention_rate}
 
 
 def _clustering_options(spec: SlideModelSpec) -> dict[str, Any]:

@@ -37,9 +37,11 @@ def attention_of_fold(
     from datasets.features import FeatureStore
     from models.slide_models import SlideModelSpec, build_slide_model
     from utils.contracts import Bag
+    from utils.options import from_mapping
 
     record = read_json(run_folder / f"s_{fold}_checkpoint.json")
-    model = build_slide_model(SlideModelSpec(**record["spec"]))
+    spec = SlideModelSpec(**from_mapping(SlideModelSpec, record["spec"], source="spec"))
+    model = build_slide_model(spec)
     model.load_state_dict(load_torch(run_folder / f"s_{fold}_checkpoint.pt"))
     model.eval()
     store = FeatureStore(feature_dir)

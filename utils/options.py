@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -56,9 +56,11 @@ def option(
 # ---------------------------------------------------------------------------- the parser
 
 def parse(kind: type[T], *, prog: str, description: str, argv: Sequence[str] | None = None,
-          config_flag: bool = True) -> T:
+          config_flag: bool = True,
+          translate: Callable[[dict[str, Any], str], dict[str, Any]] | None = None) -> T:
     """The options of a script from its command line (and its ``--config`` file).
 
+    translate: (keys of the file, its name) -> keys of ours, for files of other programs
     Raises ``Refused`` for bad values; argparse itself exits with 2 for bad syntax.
     """
     parser = argparse.ArgumentParser(
@@ -76,7 +78,10 @@ def parse(kind: type[T], *, prog: str, description: str, argv: Sequence[str] | N
     config = given.pop("config", None)
     values: dict[str, Any] = {}
     if config is not None:
-        values.update(from_mapping(kind, load_yaml(Path(config)), source=str(config)))
+        keys = load_yaml(Path(config))
+        if translate is not None:
+            keys = translate(keys, str(config))
+        values.update(from_mapping(kind, keys, source=str(config)))
     values.update({name: value for name, value in given.items() if value is not argparse.SUPPRESS})
     return build(kind, values)
 
@@ -93,6 +98,11 @@ def build(kind: type[T], values: Mapping[str, Any], *, prefix: str = "--") -> T:
             continue
         _check(item, values[item.name], prefix)
     return kind(**values)
+
+
+def pick(kind: type, options: object) -> dict[str, Any]:
+    """The values of those fields of ``options`` that ``kind`` has too."""
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(kind)}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):  # a docstring keeps its command lines

@@ -24,8 +24,10 @@ def untested(kind: type, text: str, form: str) -> set[str]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags(script: str) -> None:
-    """As ``--name``, ``name=`` of a helper, or a parametrised ``"name"``."""
-    text = (HERE / f"test_{script.split('.')[-1]}.py").read_text(encoding="utf-8")
+    """As ``--name``, ``name=`` of a helper, or a parametrised ``"name"``; a script's tests may be
+    spread over ``test_<script>.py`` and ``test_<script>_<part>.py``."""
+    text = "".join(path.read_text(encoding="utf-8")
+                   for path in sorted(HERE.glob(f"test_{script.split('.')[-1]}*.py")))
     options = importlib.import_module(script).Options
     assert untested(options, text, r'--(?:no_)?{0}\b|\b{0}=|"{0}"') == set()
 
