@@ -38,8 +38,8 @@ class AbmilxOptions:
                                "together, else a divisor of the head's width (abmilx)", low=1)
     abx_embed_new: bool = option(False, help="attention from the whole embedding instead of one "
                                  "set of weights shared by the heads (abmilx)")
-    abx_alpha: float | None = option(
-        1.0, help="weight of A+ at the start; 'null' in a yaml: drawn from N(0, 1) as published")
+    abx_alpha: float = option(1.0, help="weight of A+ at the start, which is learnt (abmilx)")
+    legacy_alpha: bool = option(False, help="draw that weight from N(0, 1), as published (abmilx)")
     ffn: bool = option(False, help="feed-forward layer on the slide vector (abmilx)")
     proj_drop: float = option(0.0, help="dropout of the slide vector (abmilx)", low=0, high=0.99)
     sdpa_type: Literal["auto", "blocks", "fused"] = option(
