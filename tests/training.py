@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,18 @@ import torch
 from torch import nn
 
 from utils.contracts import Bag, SlideOutput, StepLoss
-from utils.objectives import Classification
+from utils.objectives import Classification, Objective, TaskType, build_objective
 
 WIDTH = 16
+
+# An objective of every task type, for two outputs (survival: three bins of time)
+OBJECTIVES: dict[TaskType, Objective] = {
+    "classification": Classification(n_classes=2),
+    "multilabel": build_objective(task_type="multilabel", n_outputs=2),
+    "regression": build_objective(task_type="regression", n_outputs=2, target_mean=(10.0, 0.0),
+                                  target_std=(3.0, 1.0)),
+    "survival": build_objective(task_type="survival", n_outputs=3, bin_edges=(0, 10, 20, 40))}
+COX = build_objective(task_type="survival", loss="cox", n_outputs=1)
 
 
 def make_bag(index: int, *, n_classes: int = 2, rows: int = 20, width: int = WIDTH) -> Bag:
@@ -26,16 +36,31 @@ def make_bag(index: int, *, n_classes: int = 2, rows: int = 20, width: int = WID
                case_id=f"case_{index:02}")
 
 
+def make_task_bag(index: int, task_type: TaskType) -> Bag:
+    """A bag whose target of a task type shows in its features, the same at every call."""
+    if task_type == "classification":
+        return make_bag(index)
+    bag = make_bag(index)
+    strength = float(np.random.default_rng([7, index]).uniform(0, 4))
+    bag.features[:, 2] += strength
+    targets: dict[str, tuple[float, ...]] = {
+        "multilabel": (float(index % 2), float("nan") if index % 5 == 0 else float(strength > 2)),
+        "regression": (10 + 3 * (index % 2), strength),
+        "survival": (40 - 9 * strength, float(index % 3 != 0))}
+    return replace(bag, label=None, target=targets[task_type])
+
+
 class ToyModel(nn.Module):
     """Mean pooling with dropout and one linear layer; two losses a bag; a parameter never used."""
 
     contextual = False
 
-    def __init__(self, *, width: int = WIDTH, n_classes: int = 2, dropout: float = 0.1) -> None:
+    def __init__(self, *, width: int = WIDTH, n_classes: int = 2, dropout: float = 0.1,
+                 objective: Objective | None = None) -> None:
         super().__init__()
-        self.objective = Classification(n_classes=n_classes)
+        self.objective = objective or Classification(n_classes=n_classes)
         self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(width, n_classes)
+        self.head = nn.Linear(width, self.objective.n_outputs)
         self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, bag: Bag) -> SlideOutput:
@@ -44,8 +69,7 @@ class ToyModel(nn.Module):
     def losses(self, bag: Bag) -> Iterator[StepLoss]:
         for share in (0.25, 0.75):
             output = self(bag)
-            label = torch.tensor([bag.label], device=output.logits.device)
-            loss = nn.functional.cross_entropy(output.logits.float(), label)
+            loss = self.objective.loss(output.logits, bag)
             yield StepLoss(value=share * loss, slide_loss=loss.detach(), output=output,
                            parts={"share": torch.tensor(share)})
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from utils.contracts import Bag
+from utils.contracts import Bag, SlideModel
 from utils.distributed import Group
 from utils.errors import ItemFailed
 from utils.folds import FoldFiles, finish_fold, write_results
 from utils.metrics import SlideMetrics
+from utils.objectives import TaskMetrics
 from utils.parallel import Outcome, describe_os_error, run_items
 from utils.report import Row
 from utils.tracking import TensorBoardTracker, Tracker
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from utils.engine import FitOptions, FitResult, Predictions
+    from utils.engine import FitResult, Predictions
+    from utils.fit_options import FitOptions
 
 Result = TypeVar("Result")
 
@@ -55,13 +58,26 @@ def run_folds(
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where folds are trained; what does not decide their result."""
+    """Where folds are trained; what does not decide their result.
+
+    threads: CPU threads of a fold; log_data: TensorBoard curves, in the fold's own folder or, by
+    experiment and fold, in ``log_dir``
+    """
 
     device: torch.device
     group: Group
-    threads: int  # CPU threads of this fold
+    threads: int
     log_data: bool
     progress: bool
+    log_dir: Path | None = None
+
+    def tracker(self, files: FoldFiles) -> Tracker:
+        """What takes the curves of a fold in this process."""
+        if not (self.log_data and self.group.is_main):
+            return Tracker()
+        if self.log_dir is None:
+            return TensorBoardTracker(files.work)
+        return TensorBoardTracker(self.log_dir / files.folder.name / str(files.fold))
 
 
 def train_and_test(
@@ -72,20 +88,21 @@ def train_and_test(
     options: FitOptions,
     facts: Mapping[str, Any],
     description: Mapping[str, Any],
-    train_labels: np.ndarray,
-    n_classes: int,
     where: Environment,
+    train_labels: np.ndarray | None = None,
 ) -> None:
     """Train on ``bags["train"]``, predict ``val`` and ``test``, write results and the record.
 
     facts: what decides the result beside ``options``, see ``engine.run_settings``
-    description: further keys of the record, e.g. ``spec``
+    description: further keys of the record, e.g. ``spec``; ``target_names`` of them name the labels
+    in the csv
+    train_labels: (n,) classes (or strata) of the training bags, needed for ``weighted_sample``
     Raises ``FitFailed`` (see ``engine.fit``); then there is no record.
     """
     from utils.engine import fit, predict
 
-    tracker = (TensorBoardTracker(files.work) if where.log_data and where.group.is_main
-               else Tracker())
+    objective = cast(SlideModel, model).objective
+    tracker = where.tracker(files)
     try:
         fitted = fit(model, bags["train"], bags["val"], options=options, folder=files.work,
                      checkpoint=files.checkpoint, device=where.device, parameters=facts,
@@ -93,14 +110,16 @@ def train_and_test(
                      title=f"fold {files.fold}", progress=where.progress)
         answers = {part: predict(model, bags[part], device=where.device, group=where.group,
                                  precision=options.precision) for part in ("val", "test")}
-        metrics = {part: one.metrics(n_classes) for part, one in answers.items()}
+        metrics = {part: one.metrics(objective) for part, one in answers.items()}
         tracker.scalars(_final_scalars(metrics), 0)
     finally:
         tracker.close()
     if where.group.is_main:
-        write_results(files, answers["test"])
-        finish_fold(files, {**description, **_record(fitted, answers, metrics), "settings":
-                            _settings(options, facts, where.group)})
+        write_results(files, answers["test"], task_type=objective.task_type,
+                      names=description.get("target_names", ()))
+        finish_fold(files, {
+            **description, **_record(fitted, answers, metrics), "task_type": objective.task_type,
+            "settings": _settings(options, facts, where.group)})
     where.group.wait()  # nobody asks for the record before it is there
 
 
@@ -111,19 +130,23 @@ def _settings(options: FitOptions, facts: Mapping[str, Any], group: Group) -> di
 
 
 def _record(fitted: FitResult, answers: Mapping[str, Predictions],
-            metrics: Mapping[str, SlideMetrics]) -> dict[str, Any]:
+            metrics: Mapping[str, TaskMetrics]) -> dict[str, Any]:
     unused: list[Row] = [*fitted.failures, *(row for one in answers.values()
                                              for row in one.failures)]
     return {"epochs": fitted.epochs, "best_epoch": fitted.best_epoch,
             "best_val_loss": fitted.best_val_loss,
             "metrics": {part: one.as_dict() for part, one in metrics.items()},
+            "headline": {part: one.headline() for part, one in metrics.items()},
             "failures": {row.item: row.reason for row in unused}}
 
 
-def _final_scalars(metrics: Mapping[str, SlideMetrics]) -> dict[str, float | None]:
-    """CLAM's tags of the summary after training."""
+def _final_scalars(metrics: Mapping[str, TaskMetrics]) -> dict[str, float | None]:
+    """The summary after training: CLAM's tags, or ``final/<part>_<figure>`` of other tasks."""
     val, test = metrics["val"], metrics["test"]
-    return {"final/val_error": val.error, "final/val_auc": val.auc,
-            "final/test_error": test.error, "final/test_auc": test.auc,
-            **{f"final/test_class_{index}_acc": accuracy
-               for index, accuracy in enumerate(test.class_accuracy)}}
+    if isinstance(val, SlideMetrics) and isinstance(test, SlideMetrics):
+        return {"final/val_error": val.error, "final/val_auc": val.auc,
+                "final/test_error": test.error, "final/test_auc": test.auc,
+                **{f"final/test_class_{index}_acc": accuracy
+                   for index, accuracy in enumerate(test.class_accuracy)}}
+    return {f"final/{part}_{key}": value for part, one in metrics.items()
+            for key, value in one.headline().items()}

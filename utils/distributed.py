@@ -83,6 +83,20 @@ class Group:
                     parameter.grad.div_(bags)
         return bags
 
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make the tensors (of one device, floating point) the mean over the ranks, in place."""
+        if self.size == 1 or not tensors:
+            return
+        import torch
+        import torch.distributed as dist
+
+        flat = torch.cat([one.float().flatten() for one in tensors])
+        with _losing_peers():
+            dist.all_reduce(flat)
+        parts = (flat / self.size).split([one.numel() for one in tensors])
+        for one, mean in zip(tensors, parts, strict=True):
+            one.copy_(mean.view_as(one))
+
     def _sum_gradients(self, parameters: Sequence[torch.nn.Parameter], bags: int) -> int:
         """One all-reduce of every gradient, which parameters have one, and the number of bags."""
         import torch

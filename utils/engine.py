@@ -14,16 +14,17 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from utils.contracts import Bag, SlideOutput
+from utils.contracts import Bag, SlideModel
 from utils.devices import Precision, autocast, check_precision
 from utils.distributed import ALONE, Group
 from utils.errors import Refused
 from utils.feeding import Missing, feed
-from utils.metrics import SlideMetrics, slide_metrics
+from utils.fit_options import FitOptions, check_fit
+from utils.objectives import Objective, TaskMetrics
 from utils.report import Row, Status
 from utils.seeding import class_balanced_weights, epoch_order
 from utils.tracking import Tracker
-from utils.training_loop import FitFailed, FitOptions, TrainingLoop, too_large
+from utils.training_loop import BAG_ERRORS, FitFailed, TrainingLoop, why_unusable
 
 __all__ = ["FitFailed", "FitOptions", "FitResult", "Predictions", "fit", "predict",
            "run_settings"]
@@ -33,7 +34,7 @@ __all__ = ["FitFailed", "FitOptions", "FitResult", "Predictions", "fit", "predic
 class FitResult:
     """How training ended; the model holds the weights of the checkpoint.
 
-    epochs: epochs done; best_epoch, best_val_loss: of the lowest validation loss (-1, inf: none)
+    epochs: epochs done; best_epoch, best_val_loss: of the best epoch (-1, inf: none)
     failures: a row for each bag that could not be used
     """
 
@@ -47,19 +48,31 @@ class FitResult:
 class Predictions:
     """Slide-level answers, row-aligned, in the order of the bags.
 
-    labels: (n,) int64, -1 where unknown; probabilities: (n, C) float32
+    truths: (n, T) float64 as ``Bag.truth`` gives them, NaN where unknown
+    scores: (n, K) float32, see the model's objective
     failures: a row for each bag that has no answer
     """
 
     slide_ids: list[str]
-    labels: np.ndarray
-    probabilities: np.ndarray
+    truths: np.ndarray
+    scores: np.ndarray
     failures: list[Row]
 
-    def metrics(self, n_classes: int) -> SlideMetrics:
-        """Metrics of these answers, also when there are none."""
-        shaped = self.probabilities.reshape(len(self.slide_ids), n_classes)
-        return slide_metrics(shaped, self.labels)
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 classes of a classification, -1 where unknown."""
+        column = self.truths[:, 0]
+        return np.where(np.isnan(column), -1, column).astype(np.int64)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The scores, by the name they have in a classification."""
+        return self.scores
+
+    def metrics(self, objective: Objective) -> TaskMetrics:
+        """Figures of the answers whose truth is known, also when there are none."""
+        known = ~np.isnan(self.truths).all(axis=1)
+        return objective.metrics(self.scores[known], self.truths[known])
 
 
 # ---------------------------------------------------------------------------- inference
@@ -73,13 +86,15 @@ def predict(
     precision: Precision = "fp32",
     group: Group = ALONE,
 ) -> Predictions:
-    """Class probabilities of every bag; one that cannot be read or does not fit is a failure.
+    """The scores of every bag; one that cannot be read or does not fit is a failure.
 
     With several processes each takes its share and all get everything, in order.
     """
     check_precision(precision, device)
     model.to(device).eval()
-    found: list[tuple[int, str, int, torch.Tensor]] = []
+    slide_model = cast(SlideModel, model)
+    seen: list[tuple[int, str, tuple[float, ...] | None]] = []
+    logits: list[torch.Tensor] = []  # brought from the device all at once
     failures: dict[str, str] = {}
     share = group.share(range(len(bags)))
     for position, item in zip(share, feed(bags, share, device=device), strict=True):
@@ -88,29 +103,34 @@ def predict(
             continue
         try:
             with autocast(precision, device):
-                output = cast(SlideOutput, model(item))
-        except torch.OutOfMemoryError:
-            failures[item.slide_id] = too_large(item)
+                logits.append(slide_model(item).logits)
+        except BAG_ERRORS as error:
+            failures[item.slide_id] = why_unusable(item, error)
             continue
-        label = -1 if item.label is None else item.label
-        found.append((position, item.slide_id, label, output.probabilities[0]))
-    mine = [_Answer(position, slide_id, label, row.cpu().numpy())
-            for position, slide_id, label, row in found]
+        seen.append((position, item.slide_id, item.truth))
+    rows = torch.cat(logits).float().tolist() if logits else []
+    mine = [_Answer(*one, row) for one, row in zip(seen, rows, strict=True)]
     answers = sorted((one for part in group.gather(mine) for one in part),
                      key=lambda one: one.position)
-    return Predictions(
-        slide_ids=[one.slide_id for one in answers],
-        labels=np.array([one.label for one in answers], np.int64),
-        probabilities=(np.stack([one.probabilities for one in answers]) if answers
-                       else np.zeros((0, 0), np.float32)),
-        failures=_merged(failures, group))
+    return _predictions(answers, slide_model.objective, _merged(failures, group))
 
 
 class _Answer(NamedTuple):
     position: int
     slide_id: str
-    label: int
-    probabilities: np.ndarray  # (C,) float32
+    truth: tuple[float, ...] | None
+    logits: list[float]
+
+
+def _predictions(answers: Sequence[_Answer], objective: Objective, failures: list[Row]
+                 ) -> Predictions:
+    width = max((len(one.truth) for one in answers if one.truth), default=1)
+    unknown = (float("nan"),) * width
+    logits = torch.tensor([one.logits for one in answers]).reshape(-1, objective.n_outputs)
+    return Predictions(
+        slide_ids=[one.slide_id for one in answers],
+        truths=np.array([one.truth or unknown for one in answers], np.float64).reshape(-1, width),
+        scores=objective.scores(logits).numpy(), failures=failures)
 
 
 def _merged(failures: dict[str, str], group: Group) -> list[Row]:
@@ -148,13 +168,14 @@ def fit(
 ) -> FitResult:
     """Train ``model`` and write its state dict to ``checkpoint``; the model ends with it loaded.
 
-    The checkpoint is that of the best validation loss with early stopping (written at every
-    improvement), else that of the last epoch. ``folder`` holds ``state.pt``: a run that was killed
-    goes on from there to the same result (equal bits on a CPU); the caller removes it.
+    The checkpoint is that of the best validation loss (or metric, ``monitor``) with early stopping,
+    written at every improvement, else that of the last epoch; with ``ema`` it holds the running
+    mean of the weights, which is also what is validated. ``folder`` holds ``state.pt``: a run that
+    was killed goes on from there to the same result (equal bits on a CPU); the caller removes it.
 
     parameters: further facts that must be equal for a resume; ``Refused`` when they are not
     title, progress: what to call the run in its lines; show a bar on a terminal
-    train_labels: (n,) classes of the training bags, needed for ``weighted_sample``
+    train_labels: (n,) classes (or strata) of the training bags, needed for ``weighted_sample``
     Raises ``FitFailed`` when a loss or weight is no longer finite (naming the slides; the
     checkpoint is the last good one), or when no bag can be used.
     """
@@ -165,6 +186,7 @@ def fit(
         weights = class_balanced_weights(train_labels)
     if options.early_stopping and not len(val):
         raise Refused("--early_stopping needs validation slides: this split has none")
+    check_fit(options, cast(SlideModel, model).objective, processes=group.size)
     loop = TrainingLoop(
         model, options=options, device=device, group=group, folder=folder, title=title,
         progress=progress and group.is_main,

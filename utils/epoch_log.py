@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from utils.contracts import Bag, StepLoss
+from utils.contracts import Bag, SlideOutput, StepLoss
 from utils.distributed import Group
-from utils.metrics import SlideMetrics, slide_metrics
+from utils.metrics import SlideMetrics
+from utils.objectives import Objective, TaskMetrics
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class EpochResult:
     """A pass in numbers.
 
-    loss:       mean slide loss (what validation watches)
+    loss:       mean slide loss (what validation watches), or that of all slides together where
+                the objective compares them
     parts:      means of the further losses by name, e.g. ``instance_loss``
     metrics:    of the slide predictions
     clustering: target (0, 1) -> share of instances that the clustering branch guessed right
@@ -28,21 +30,48 @@ class EpochResult:
 
     loss: float
     parts: dict[str, float]
-    metrics: SlideMetrics
+    metrics: TaskMetrics
     clustering: dict[int, float]
 
+    @property
+    def headline(self) -> tuple[str, float]:
+        """Name and value of the task's first figure, higher is better; NaN where not defined."""
+        return next(iter(self.metrics.headline().items()))
+
     def scalars(self, stage: str) -> dict[str, float | None]:
-        """TensorBoard tags of this pass, CLAM's names; ``stage`` is ``train`` or ``val``."""
-        values: dict[str, float | None] = {
-            f"{stage}/loss": self.loss, f"{stage}/error": self.metrics.error}
-        if stage == "val":
-            values["val/auc"] = self.metrics.auc
+        """TensorBoard tags of this pass; ``stage`` is ``train`` or ``val``.
+
+        CLAM's names for classification, ``<stage>/<figure>`` for other tasks.
+        """
+        values: dict[str, float | None] = {f"{stage}/loss": self.loss}
+        if isinstance(self.metrics, SlideMetrics):
+            values[f"{stage}/error"] = self.metrics.error
+            if stage == "val":
+                values["val/auc"] = self.metrics.auc
+            if stage == "train" or "instance_loss" in self.parts:
+                values.update((f"{stage}/class_{index}_acc", accuracy)
+                              for index, accuracy in enumerate(self.metrics.class_accuracy))
+        else:
+            values.update((f"{stage}/{key}", value)
+                          for key, value in self.metrics.headline().items())
         for name, value in self.parts.items():
             values[_PART_TAGS.get((stage, name), f"{stage}/{name}")] = value
-        if stage == "train" or "instance_loss" in self.parts:
-            for index, accuracy in enumerate(self.metrics.class_accuracy):
-                values[f"{stage}/class_{index}_acc"] = accuracy
         return values
+
+    def line(self, stage: str) -> str:
+        """The pass in words, e.g. ``val loss 0.5012 error 0.2500 auc 0.8125``."""
+        text = f"{stage} loss {self.loss:.4f}"
+        if isinstance(self.metrics, SlideMetrics):
+            text += f" error {self.metrics.error:.4f}"
+            text += f" auc {self.metrics.auc:.4f}" if stage == "val" else ""
+        else:
+            text += "".join(f" {key} {value:.4f}" for key, value in self.metrics.headline().items())
+        if stage == "train":
+            text += "".join(f" {name} {value:.4f}" for name, value in self.parts.items())
+            if self.clustering:
+                text += " clustering accuracy " + " ".join(
+                    f"{target}: {share:.2f}" for target, share in self.clustering.items())
+        return text
 
 
 _PART_TAGS = {("train", "instance_loss"): "train/clustering_loss",
@@ -53,9 +82,9 @@ class _Seen(NamedTuple):
     """Plain numbers of one bag, for exchange between processes."""
 
     position: int
-    label: int
+    truth: tuple[float, ...]
     slide_loss: float
-    probabilities: list[float]
+    logits: list[float]
     parts: dict[str, float]
 
 
@@ -63,14 +92,15 @@ class _Seen(NamedTuple):
 class EpochLog:
     """Collects references to small device tensors; nothing waits for the device until ``result``.
 
-    position: place of the bag in the epoch, the same whatever the number of processes
+    objective: what the logits mean
     """
 
+    objective: Objective
     slide_ids: list[str] = field(default_factory=list)
     _values: list[torch.Tensor] = field(default_factory=list)
     _slide_losses: list[torch.Tensor] = field(default_factory=list)
     _logits: list[torch.Tensor] = field(default_factory=list)
-    _labels: list[int] = field(default_factory=list)
+    _truths: list[tuple[float, ...]] = field(default_factory=list)
     _positions: list[int] = field(default_factory=list)
     _parts: list[dict[str, torch.Tensor]] = field(default_factory=list)
     _targets: list[torch.Tensor] = field(default_factory=list)
@@ -78,27 +108,39 @@ class EpochLog:
     _checked: int = 0
 
     def add(self, bag: Bag, value: torch.Tensor, last: StepLoss, *, position: int) -> None:
-        """Note a bag: ``value`` is the sum of its losses, ``last`` the last of them."""
-        if last.output is None or bag.label is None:
+        """Note a bag: ``value`` is the sum of its losses, ``last`` the last of them.
+
+        position: place of the bag in the epoch, the same whatever the number of processes
+        """
+        if last.output is None or bag.truth is None:
             raise ValueError(f"{bag.slide_id}: a model sets 'output' on the last loss of a "
                              "labelled bag")
         self.slide_ids.append(bag.slide_id)
         self._values.append(value.detach())
         self._slide_losses.append(last.slide_loss.detach())
         self._logits.append(last.output.logits.detach())
-        self._labels.append(bag.label)
+        self._truths.append(bag.truth)
         self._positions.append(position)
         self._parts.append(last.parts)
         if last.targets is not None and last.predictions is not None:
             self._targets.append(last.targets)
             self._predictions.append(last.predictions)
 
+    def add_prediction(self, bag: Bag, output: SlideOutput, *, position: int) -> None:
+        """Note a bag that has no loss of its own, because its objective compares the slides."""
+        logits = output.logits.detach()
+        none = logits.new_zeros(())
+        self.add(bag, logits.sum(), StepLoss(value=none, slide_loss=none, output=output),
+                 position=position)
+
     def __len__(self) -> int:
         return len(self.slide_ids)
 
     def running_loss(self) -> float:
-        """Mean slide loss so far; waits for the device."""
-        return float(_stack(self._slide_losses).mean()) if self.slide_ids else float("nan")
+        """The loss of this process's slides so far; waits for the device."""
+        if self.objective.needs_batch or not self.slide_ids:
+            return self._loss(self._plain())
+        return float(_stack(self._slide_losses).mean())
 
     def not_finite(self) -> list[str]:
         """Slides with a NaN or infinite loss since the last call, each with the one before it."""
@@ -111,6 +153,8 @@ class EpochLog:
 
     def result(self, group: Group) -> EpochResult | None:
         """The numbers over all ranks, equal on every rank; None when no bag was seen."""
+        import torch
+
         seen = sorted(one for part in group.gather(self._plain()) for one in part)
         instances = np.concatenate(group.gather(self._instances()), axis=1)
         if not seen:
@@ -120,30 +164,40 @@ class EpochLog:
             for name, value in one.parts.items():
                 parts[name].append(value)
         targets, predictions = instances
+        scores = self.objective.scores(torch.tensor([one.logits for one in seen]))
         return EpochResult(
-            loss=float(np.mean([one.slide_loss for one in seen])),
+            loss=self._loss(seen),
             parts={name: float(np.mean(values)) for name, values in parts.items()},
-            metrics=slide_metrics(np.array([one.probabilities for one in seen]),
-                                  np.array([one.label for one in seen])),
+            metrics=self.objective.metrics(scores.numpy(), np.array([one.truth for one in seen])),
             clustering={int(target): float((predictions[targets == target] == target).mean())
                         for target in np.unique(targets)})
+
+    def _loss(self, seen: list[_Seen]) -> float:
+        if not seen:
+            return float("nan")
+        if self.objective.needs_batch:
+            from utils.joint_loss import joint_loss
+
+            return joint_loss(self.objective, [one.logits[0] for one in seen],
+                              [one.truth for one in seen])
+        return float(np.mean([one.slide_loss for one in seen]))
 
     def _plain(self) -> list[_Seen]:
         if not self.slide_ids:
             return []
+        import torch
+
         names = sorted({name for parts in self._parts for name in parts})
         columns: dict[str, list[Any]] = {
             name: _stack([parts.get(name, self._values[0].new_tensor(float("nan")))
                           for parts in self._parts]).tolist() for name in names}
-        import torch
-
-        probabilities = torch.cat(self._logits).float().softmax(dim=1).tolist()
+        logits = torch.cat(self._logits).float().tolist()
         losses = _stack(self._slide_losses).tolist()
-        return [_Seen(position, label, loss, row,
+        return [_Seen(position, truth, loss, row,
                       {name: columns[name][index] for name in names
                        if name in self._parts[index]})
-                for index, (position, label, loss, row) in enumerate(
-                    zip(self._positions, self._labels, losses, probabilities, strict=True))]
+                for index, (position, truth, loss, row) in enumerate(
+                    zip(self._positions, self._truths, losses, logits, strict=True))]
 
     def _instances(self) -> np.ndarray:
         """(2, M) targets and predictions of the clustering branch."""

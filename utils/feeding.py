@@ -31,8 +31,12 @@ def feed(
     """The bags at the indices ``order``, on ``device``; reading overlaps with what the caller does.
 
     A bag that raises ``ItemFailed`` or ``OSError`` comes out as ``Missing`` and the others go on.
+    Bags in a list are in memory, with nothing to read: they come without a thread.
     On CUDA the tensors are pinned by the reading thread and copied without blocking.
     """
+    if isinstance(bags, list):
+        yield from (_place(_read(bags, index, device.type == "cuda"), device) for index in order)
+        return
     waiting: deque[Future[Bag | Missing]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="bags") as reader:
         for index in order:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from utils.devices import Precision
+from utils.errors import Refused
+from utils.objectives import Objective
 from utils.options import option
 
 
@@ -24,7 +26,10 @@ class FitOptions:
         "R2 of the validation slides")
     patience: int = option(20, help="epochs without improvement before stopping", low=1)
     stop_epoch: int = option(50, help="never stop at or before this epoch (from 0)", low=0)
-    weighted_sample: bool = option(False, help="draw slides so that classes are balanced")
+    save_top_k: int = option(1, help="with early stopping: further checkpoints of the best epochs, "
+                             "so many in all", low=1)
+    weighted_sample: bool = option(False, help="draw slides so that classes (or the strata of "
+                                   "another task) are balanced")
     precision: Precision = option("fp32", help="number format of the forward pass")
     accumulate: int = option(1, help="slides per optimiser step (of each process)", low=1)
     clip_grad: float | None = option(None, help="largest gradient norm", low=1e-6)
@@ -42,3 +47,24 @@ class FitOptions:
         "level) instead of one after all")
     seed: int = option(1, help="seed of everything random, set again for each fold",
                        low=0, high=2**32 - 1)
+
+
+def check_fit(options: FitOptions, objective: Objective, *, processes: int = 1) -> None:
+    """``Refused`` when the options contradict each other, the objective or the processes."""
+    rules = [
+        (objective.needs_batch and options.accumulate < 2,
+         "Cox compares the slides of a step: give --accumulate 16"),
+        (options.step_per_loss and options.accumulate > 1,
+         f"--step_per_loss steps several times a slide, --accumulate {options.accumulate} once "
+         "in several slides: choose one"),
+        (options.step_per_loss and processes > 1,
+         "--step_per_loss goes with one process, torchrun started "
+         f"{processes}: leave one of them out"),
+        (options.schedule == "cosine" and options.min_lr > options.lr,
+         f"--min_lr {options.min_lr} is above --lr {options.lr}"),
+        (options.warmup_epochs > 0 and options.warmup_lr > options.lr,
+         f"--warmup_lr {options.warmup_lr} is above --lr {options.lr}"),
+    ]
+    for wrong, message in rules:
+        if wrong:
+            raise Refused(message)

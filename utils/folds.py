@@ -17,6 +17,7 @@ import numpy as np
 
 from utils import __version__
 from utils.errors import BrokenFile, Refused
+from utils.objectives import TASK_LOSSES, TaskType
 from utils.report import Row, Status
 from utils.storage import (
     differences,
@@ -32,9 +33,9 @@ from utils.training_state import STATE_FILE, discard_state, load_state, same_par
 if TYPE_CHECKING:
     from utils.engine import Predictions
 
-SUMMARY_COLUMNS = ("test_auc", "val_auc", "test_acc", "val_acc")
-# Settings in which folds of one experiment may differ
-_OF_ONE_FOLD = ("slides", "n_patches", "left_out")
+# Settings in which folds of one experiment may differ; the last four come from training slides
+_OF_ONE_FOLD = ("slides", "n_patches", "left_out", "class_weights", "bin_edges", "target_mean",
+                "target_std")
 
 
 class FoldState(str, Enum):
@@ -75,7 +76,7 @@ class FoldFiles:
 
     @property
     def results(self) -> tuple[Path, Path]:
-        """Test predictions: CLAM's pickle (for its readers; never read here), and csv."""
+        """Test predictions: CLAM's pickle (classes only; never read here), and csv."""
         stem = f"split_{self.fold}_results"
         return self.folder / f"{stem}.pkl", self.folder / f"{stem}.csv"
 
@@ -83,7 +84,8 @@ class FoldFiles:
         """Remove the fold; what is left at any moment does not look finished."""
         self.record.unlink(missing_ok=True)
         discard_state(self.work)
-        for path in (self.checkpoint, *self.results, self.split):
+        others = self.folder.glob(f"{self.checkpoint.stem}_epoch_*.pt")  # of --save_top_k
+        for path in (self.checkpoint, *others, *self.results, self.split):
             path.unlink(missing_ok=True)
 
 
@@ -137,7 +139,10 @@ def _problem_of_finished(files: FoldFiles, settings: Mapping[str, Any],
     repaired = [slide for slide in record["failures"] if readable(slide)]
     if repaired:
         return f"was trained without {', '.join(repaired)}, which can be read now"
-    if not (all(path.is_file() for path in (files.checkpoint, files.split, *files.results))
+    as_pickle, as_csv = files.results
+    needed = [files.checkpoint, files.split, as_csv]
+    needed += [as_pickle] if record["task_type"] == "classification" else []
+    if not (all(path.is_file() for path in needed)
             and file_sha256(files.checkpoint) == record["checkpoint_sha256"]):
         return "has files that are missing or were altered after training"
     return ""
@@ -170,20 +175,48 @@ def check_other_folds(folder: Path, folds: range, settings: Mapping[str, Any]) -
 
 # ---------------------------------------------------------------------------- writing
 
-def write_results(files: FoldFiles, predictions: Predictions) -> None:
-    """Test predictions as CLAM's pickle (slide id -> its id, prob (1, C), label) and as csv."""
+def write_results(files: FoldFiles, predictions: Predictions, *,
+                  task_type: TaskType = "classification", names: Sequence[str] = ()) -> None:
+    """Test predictions as csv, one row a slide; see ``_truth_columns`` and ``_score_columns``.
+
+    For classification also as CLAM's pickle (slide id -> its id, prob (1, C), label).
+    names: of the labels (multilabel); their numbers where there are none
+    """
     import pandas as pd
 
-    rows = list(zip(predictions.slide_ids, predictions.probabilities, predictions.labels,
-                    strict=True))
     as_pickle, as_csv = files.results
-    write_bytes(as_pickle, pickle.dumps({
-        slide_id: {"slide_id": np.array(slide_id), "prob": row[None], "label": int(label)}
-        for slide_id, row, label in rows}))
+    if task_type == "classification":
+        rows = zip(predictions.slide_ids, predictions.scores, predictions.labels, strict=True)
+        write_bytes(as_pickle, pickle.dumps({
+            slide_id: {"slide_id": np.array(slide_id), "prob": row[None], "label": int(label)}
+            for slide_id, row, label in rows}))
     write_table(as_csv, pd.DataFrame({
-        "slide_id": predictions.slide_ids, "Y": predictions.labels,
-        "Y_hat": predictions.probabilities.argmax(axis=1) if rows else [],
-        **{f"p_{index}": column for index, column in enumerate(predictions.probabilities.T)}}))
+        "slide_id": predictions.slide_ids, **_truth_columns(predictions, task_type, names),
+        **_score_columns(predictions.scores, task_type)}))
+
+
+def _truth_columns(predictions: Predictions, task_type: TaskType, names: Sequence[str]
+                   ) -> dict[str, np.ndarray]:
+    """Y and Y_hat; y_<label>; y_<i>; or time and event."""
+    if task_type == "classification":
+        scores = predictions.scores
+        return {"Y": predictions.labels,
+                "Y_hat": scores.argmax(axis=1) if scores.size else np.zeros(0, np.int64)}
+    columns = predictions.truths.T
+    if task_type == "survival":
+        return dict(zip(("time", "event"), columns, strict=False))
+    named = names if task_type == "multilabel" and len(names) == len(columns) else ()
+    return {f"y_{name}": column
+            for name, column in zip(named or range(len(columns)), columns, strict=True)}
+
+
+def _score_columns(scores: np.ndarray, task_type: TaskType) -> dict[str, np.ndarray]:
+    """p_<i> (classes, labels), yhat_<i> (values), or risk and S_1 ... (survival)."""
+    if task_type == "survival":
+        return {"risk" if index == 0 else f"S_{index}": column
+                for index, column in enumerate(scores.T)}
+    stem = "yhat" if task_type == "regression" else "p"
+    return {f"{stem}_{index}": column for index, column in enumerate(scores.T)}
 
 
 def finish_fold(files: FoldFiles, record: Mapping[str, Any]) -> None:
@@ -202,12 +235,11 @@ def fold_rows(files: FoldFiles, *, status: Status) -> list[Row]:
 
 
 def read_summary(files: FoldFiles) -> dict[str, float]:
-    """Test and validation AUC and accuracy of a finished fold; NaN for what is not defined."""
-    metrics = read_json(files.record)["metrics"]
-    found = {f"{part}_{short}": metrics[part][name] for part in ("test", "val")
-             for short, name in (("auc", "auc"), ("acc", "accuracy"))}
-    return {name: float("nan") if found[name] is None else float(found[name])
-            for name in SUMMARY_COLUMNS}
+    """``test_<figure>`` and ``val_<figure>`` of a finished fold; NaN for what is not defined."""
+    headline = read_json(files.record)["headline"]
+    found = {f"{part}_{key}": headline[part][key] for key in headline["test"]
+             for part in ("test", "val")}
+    return {name: float("nan") if value is None else float(value) for name, value in found.items()}
 
 
 def write_summary(folder: Path, *, folds: range, k: int) -> str:
@@ -220,19 +252,20 @@ def write_summary(folder: Path, *, folds: range, k: int) -> str:
 
     found = {fold: read_summary(files) for fold in folds
              if (files := FoldFiles(folder, fold)).record.exists()}
-    nothing = dict.fromkeys(SUMMARY_COLUMNS, float("nan"))
+    columns = list(next(iter(found.values()), {}))
+    nothing = dict.fromkeys(columns, float("nan"))
     rows = [{"folds": fold, **found.get(fold, nothing)} for fold in folds]
     name = "summary.csv" if len(folds) == k else f"summary_partial_{folds.start}_{folds.stop}.csv"
     write_table(folder / name, pd.DataFrame(rows), index=True)
-    return _format_summary(rows)
+    return _format_summary(rows, columns)
 
 
-def _format_summary(rows: Sequence[Mapping[str, float]]) -> str:
-    lines = ["fold  " + "".join(f"{column:>17}" for column in SUMMARY_COLUMNS)]
-    lines += [f"{row['folds']:<6}" + "".join(f"{row[column]:17.4f}" for column in SUMMARY_COLUMNS)
+def _format_summary(rows: Sequence[Mapping[str, float]], columns: Sequence[str]) -> str:
+    lines = ["fold  " + "".join(f"{column:>17}" for column in columns)]
+    lines += [f"{row['folds']:<6}" + "".join(f"{row[column]:17.4f}" for column in columns)
               for row in rows]
     cells = []
-    for column in SUMMARY_COLUMNS:
+    for column in columns:
         known = [row[column] for row in rows if not np.isnan(row[column])]
         cells.append(f"{np.mean(known):.4f} ± {np.std(known):.4f}" if known else "not defined")
     lines.append("mean  " + "".join(f"{cell:>17}" for cell in cells))
@@ -247,11 +280,16 @@ _LEFT_OUT_BY_CLAM = ("embed_dim", "early_stopping", "subtyping", "no_inst_cluste
 
 def write_settings(folder: Path, exp_code: str, options: Mapping[str, Any], *, task: str,
                    split_dir: Path) -> None:
-    """``experiment_<exp_code>.txt``: the Python form of one dictionary, with CLAM's keys."""
+    """``experiment_<exp_code>.txt``: the Python form of one dictionary, with CLAM's keys.
+
+    A ``bag_loss`` that was left out is named: the usual one of the task.
+    """
     names = [*_CLAM_SETTINGS, *_LEFT_OUT_BY_CLAM]
     if "clam" in options["model_type"]:
         names += _CLAM_SETTINGS_OF_CLAM
     settings = {"num_splits": options["k"], "task": task, "results_dir": options["results_dir"],
                 "experiment": exp_code, "use_drop_out": options["drop_out"],
-                "split_dir": str(split_dir), **{name: options[name] for name in names}}
+                "split_dir": str(split_dir), **{name: options[name] for name in names},
+                "bag_loss": options["bag_loss"] or TASK_LOSSES[
+                    options.get("task_type") or "classification"][0]}
     write_text(folder / f"experiment_{exp_code}.txt", f"{settings!r}\n")

@@ -207,6 +207,14 @@ def test_monitor_metric_keeps_another_epoch(tmp_path: Path) -> None:
     assert metric["metrics"]["val"]["auc"] > loss["metrics"]["val"]["auc"]
 
 
+def test_further_checkpoints_of_the_best_epochs(cohort: Path, tmp_path: Path) -> None:
+    folder = train(cohort, tmp_path, "abmil", "--early_stopping", "--save_top_k", 2, max_epochs=4)
+    found = sorted(folder.glob("s_0_checkpoint_epoch_*.pt"))
+    assert len(found) == 2
+    best = folder / f"s_0_checkpoint_epoch_{record(folder)['best_epoch']}.pt"
+    assert equal(torch.load(best, weights_only=True), weights(folder))
+
+
 # ---------------------------------------------------------------------------- tasks
 
 def truths(cohort: Path, **columns: object) -> dict[str, object]:

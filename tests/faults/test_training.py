@@ -92,6 +92,27 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert not list((cohort / "results").rglob("*.lock"))
 
 
+def test_killed_with_a_mean_and_a_schedule_gives_the_same_bytes(
+    tmp_path: Path, run_script: Script
+) -> None:
+    """The state holds the weights and their mean; the rate is a function of the epoch."""
+    more = ("--ema", 0.9, "--schedule", "cosine", "--warmup_epochs", 1, "--monitor", "metric",
+            "--opt", "adamw", "--accumulate", 2, "--clip_grad", 1)
+    found = []
+    for name, fault in (("whole", None), ("killed", "train.epoch:kill:2")):
+        (tmp_path / name).mkdir()
+        write_cohort(tmp_path / name, slides=16, folds=1)
+        if fault:
+            killed = run_script("main.py", *flags(tmp_path / name, *more),
+                                env={"MILWRIGHT_FAULT": fault})
+            assert killed.returncode == -signal.SIGKILL
+            assert (tmp_path / name / "results" / "run_s1" / "0" / "state.pt").exists()
+        assert main.main(flags(tmp_path / name, *more)) == 0
+        found.append(digests(tmp_path / name))
+        del found[-1]["experiment_run.txt"]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_ends_cleanly_and_goes_on(
     cohort: Path, unbroken: dict[str, str], sent: signal.Signals, code: int

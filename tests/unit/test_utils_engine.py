@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training import WIDTH, BagList, ToyModel, make_bag
+from tests.training import OBJECTIVES, WIDTH, BagList, ToyModel, make_bag, make_task_bag
 from tests.unit.test_utils_tracking import read_scalars
 from utils.contracts import Bag, SlideOutput, StepLoss
-from utils.engine import FitFailed, FitOptions, FitResult, fit, predict
-from utils.errors import Refused
+from utils.engine import FitFailed, FitOptions, FitResult, Predictions, fit, predict
+from utils.errors import BrokenFile, Refused
+from utils.fit_options import check_fit
+from utils.objectives import TaskType
 from utils.report import Status
 from utils.seeding import epoch_order
 from utils.tracking import TensorBoardTracker
+from utils.training_loop import why_unusable
 from utils.training_state import load_state
 
 CPU = torch.device("cpu")
@@ -49,7 +53,9 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(("opt", "build"), [
     ("adam", lambda w: torch.optim.Adam(w, lr=0.01, weight_decay=0.1)),
-    ("adamw", lambda w: torch.optim.AdamW(w, lr=0.01, weight_decay=0.1)),
+    ("adamw", lambda w: torch.optim.AdamW([  # decays the matrix, not the bias
+        {"params": [one for one in w if one.ndim == 2], "weight_decay": 0.1},
+        {"params": [one for one in w if one.ndim == 1], "weight_decay": 0.0}], lr=0.01)),
     ("sgd", lambda w: torch.optim.SGD(w, lr=0.01, weight_decay=0.1, momentum=0.9))])
 def test_every_loss_is_backpropagated_and_each_bag_is_one_step(
     tmp_path: Path, opt: str, build: Any
@@ -58,7 +64,7 @@ def test_every_loss_is_backpropagated_and_each_bag_is_one_step(
     ours, theirs = ToyModel(dropout=0), ToyModel(dropout=0)
     theirs.load_state_dict(ours.state_dict())
     train(tmp_path, ours, opt=opt, reg=0.1, max_epochs=2)
-    optimiser = build(theirs.parameters())
+    optimiser = build(list(theirs.parameters()))
     for epoch in range(2):
         for index in epoch_order(len(TRAIN), seed=1, epoch=epoch):
             optimiser.zero_grad()
@@ -130,6 +136,67 @@ def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:
     assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("clip_grad", [None, 0.05])
+def test_clipping_acts_on_what_the_scaler_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_grad: float | None
+) -> None:
+    """fp16 needs a GPU, its scaler does not: scaled, unscaled and clipped is clipped."""
+    options: dict[str, Any] = {"opt": "sgd", "reg": 0, "clip_grad": clip_grad, "accumulate": 2}
+    torch.manual_seed(0)
+    plain, _ = train(tmp_path / "plain", ToyModel(dropout=0), **options)
+    unscaled: list[float] = []
+
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, device: str, *, enabled: bool) -> None:
+            super().__init__("cpu", init_scale=1024.0)
+
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            super().unscale_(optimizer)
+            unscaled.append(self.get_scale())
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    torch.manual_seed(0)
+    scaled, _ = train(tmp_path / "scaled", ToyModel(dropout=0), **options)
+    assert unscaled == [1024.0] * 15
+    torch.testing.assert_close(weights(scaled), weights(plain))
+
+
+@pytest.mark.parametrize("step_per_loss", [False, True])
+def test_a_step_after_each_loss_on_request(tmp_path: Path, *, step_per_loss: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ToyModel(dropout=0), ToyModel(dropout=0)
+    theirs.load_state_dict(ours.state_dict())
+    train(tmp_path, ours, step_per_loss=step_per_loss, opt="sgd", reg=0, max_epochs=1)
+    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.01, momentum=0.9)
+    for index in epoch_order(len(TRAIN), seed=1, epoch=0):
+        optimiser.zero_grad(set_to_none=not step_per_loss)
+        for loss in theirs.losses(TRAIN[index]):
+            loss.value.backward()
+            if step_per_loss:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=False)
+        if not step_per_loss:
+            optimiser.step()
+    torch.testing.assert_close(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize(("options", "processes", "message"), [
+    ({"step_per_loss": True, "accumulate": 2}, 1, "--step_per_loss.*--accumulate 2"),
+    ({"step_per_loss": True}, 2, "--step_per_loss goes with one process"),
+    ({"schedule": "cosine", "lr": 1e-8}, 1, "--min_lr 1e-07 is above --lr 1e-08"),
+    ({"warmup_epochs": 2, "warmup_lr": 0.1}, 1, "--warmup_lr 0.1 is above --lr 0.0001")])
+def test_options_that_contradict_are_refused(options: dict[str, Any], processes: int,
+                                             message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        check_fit(FitOptions(**options), ToyModel().objective, processes=processes)
+    check_fit(FitOptions(), ToyModel().objective, processes=processes)
+
+
+def test_fit_checks_its_options(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="--step_per_loss"):
+        train(tmp_path, step_per_loss=True, accumulate=2)
+
+
 def test_bf16_runs_the_forward_pass_only(tmp_path: Path) -> None:
     seen = []
 
@@ -191,6 +258,37 @@ def test_early_stopping_keeps_the_best_epoch_and_loads_it(tmp_path: Path) -> Non
                        model.head.weight)
 
 
+def test_the_metric_is_watched_on_request(tmp_path: Path) -> None:
+    """The validation AUC is scripted by the logits; the loss says otherwise."""
+    flipped = [-1, 1, 1, -1]  # AUC 0, 1, 1, 0
+    losses = [1.0, 3.0, 2.0, 0.5]
+    seen = [0]
+
+    class Scripted(ToyModel):
+        def losses(self, bag: Bag) -> Iterator[StepLoss]:
+            epoch = seen[0] // len(VAL)
+            for loss in super().losses(bag):
+                if not torch.is_grad_enabled() and loss.output is not None:
+                    sign = flipped[epoch] * (2.0 * (bag.label or 0) - 1)
+                    loss.output.logits = torch.tensor([[0.0, sign]])
+                    loss.slide_loss = torch.tensor(losses[epoch])
+                yield loss
+            seen[0] += not torch.is_grad_enabled()
+
+    _, result = train(tmp_path / "metric", Scripted(), early_stopping=True, monitor="metric",
+                      max_epochs=4)
+    assert (result.best_epoch, result.best_val_loss) == (2, 2.0)  # of equal AUCs the lower loss
+    seen[0] = 0
+    _, result = train(tmp_path / "loss", Scripted(), early_stopping=True, max_epochs=4)
+    assert result.best_epoch == 3
+
+
+def test_a_metric_that_the_split_does_not_define_fails_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FitFailed, match="do not define auc.*--monitor loss"):
+        train(tmp_path, early_stopping=True, monitor="metric",
+              val=[make_bag(index) for index in (10, 12)])
+
+
 def test_without_early_stopping_the_last_epoch_is_kept(tmp_path: Path) -> None:
     model, result = train(tmp_path, max_epochs=4)
     assert result.epochs == 4
@@ -230,7 +328,9 @@ def test_a_resumed_run_has_equal_bits(tmp_path: Path, stop_after: int) -> None:
                     raise Stop
             return super().losses(bag)
 
-    options: dict[str, Any] = {"max_epochs": 6, "early_stopping": True, "weighted_sample": True}
+    options: dict[str, Any] = {
+        "max_epochs": 6, "early_stopping": True, "weighted_sample": True, "ema": 0.8,
+        "schedule": "cosine", "warmup_epochs": 2, "monitor": "metric", "opt": "adamw"}
     unbroken, expected = train(tmp_path / "a", **options)
     torch.manual_seed(0)
     with pytest.raises(Stop):
@@ -320,6 +420,35 @@ def test_no_usable_bag_at_all_fails(tmp_path: Path) -> None:
         train(tmp_path, train=BagList(TRAIN.bags, broken=TRAIN.slide_ids))
 
 
+@pytest.mark.parametrize("error", [BrokenFile, OSError])
+def test_a_bag_that_fails_within_the_model_costs_only_itself(
+    tmp_path: Path, error: type[Exception]
+) -> None:
+    """As the finer levels of a hierarchy, which are read when the model asks for them."""
+    class Reading(ToyModel):
+        def forward(self, bag: Bag) -> SlideOutput:
+            if bag.slide_id in ("slide_04", "slide_11"):
+                raise error(f"{bag.slide_id}: level 1 is damaged")
+            return super().forward(bag)
+
+    torch.manual_seed(0)
+    model, result = train(tmp_path / "a", Reading(), opt="sgd")
+    assert [(row.item, row.reason) for row in result.failures] == [
+        ("slide_04", "slide_04: level 1 is damaged"), ("slide_11", "slide_11: level 1 is damaged")]
+    torch.manual_seed(0)
+    expected, _ = train(tmp_path / "b", ToyModel(), opt="sgd",
+                        train=BagList(TRAIN.bags, broken=["slide_04"]))
+    assert torch.equal(weights(model), weights(expected))
+    assert [row.item for row in predict(model, VAL, device=CPU).failures] == ["slide_11"]
+
+
+def test_a_large_hierarchy_is_told_of_t_patch() -> None:
+    bag, error = make_bag(3), torch.OutOfMemoryError("CUDA out of memory")
+    assert "--t_patch" not in why_unusable(bag, error)
+    children: Any = (object(),)
+    assert "a lower --t_patch" in why_unusable(replace(bag, children=children), error)
+
+
 class Greedy(ToyModel):
     """Runs out of GPU memory on one slide, after its first loss was back-propagated."""
 
@@ -370,9 +499,44 @@ def test_predict_gives_rows_in_order_and_lists_failures() -> None:
 
 
 def test_predictions_of_nothing_have_undefined_metrics() -> None:
-    metrics = predict(ToyModel(), [], device=CPU).metrics(2)
-    assert math.isnan(metrics.auc)
-    assert metrics.n == 0
+    for objective in OBJECTIVES.values():
+        metrics = predict(ToyModel(objective=objective), [], device=CPU).metrics(objective)
+        assert math.isnan(next(iter(metrics.headline().values())))
+        assert metrics.n == 0
+
+
+@pytest.mark.parametrize(("task_type", "n_scores"), [
+    ("multilabel", 2), ("regression", 2), ("survival", 4)])
+def test_every_task_learns_and_is_answered(
+    tmp_path: Path, task_type: TaskType, n_scores: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = OBJECTIVES[task_type]
+    bags = [make_task_bag(index, task_type) for index in range(30)]
+    torch.manual_seed(0)
+    model = ToyModel(objective=objective)
+    before = predict(model, bags, device=CPU).metrics(objective).headline()
+    tracker = TensorBoardTracker(tmp_path)
+    fit(model, bags[:20], bags[20:], folder=tmp_path, checkpoint=tmp_path / "best.pt", device=CPU,
+        options=FitOptions(max_epochs=15, lr=0.05, early_stopping=True, monitor="metric"),
+        tracker=tracker)
+    tracker.close()
+    answers = predict(model, [*bags, replace(bags[0], slide_id="unknown", target=None)], device=CPU)
+    assert answers.scores.shape == (31, n_scores)
+    assert answers.scores.dtype == np.float32
+    np.testing.assert_array_equal(answers.truths[:30], [bag.target for bag in bags])
+    assert np.isnan(answers.truths[30]).all()
+    assert answers.metrics(objective).n == 30  # the unknown is left out
+    name, value = next(iter(answers.metrics(objective).headline().items()))
+    assert value > max(before[name], 0.5 if name == "r2" else 0.7)
+    assert f"val/{name}" in read_scalars(tmp_path)
+    assert f" {name} 0." in capsys.readouterr().out
+
+
+def test_labels_are_those_of_a_classification() -> None:
+    answers = Predictions(["a", "b"], np.array([[2.0], [np.nan]]), np.zeros((2, 3), np.float32), [])
+    assert answers.labels.tolist() == [2, -1]
+    assert answers.probabilities is answers.scores
+    assert Predictions([], np.zeros((0, 1)), np.zeros((0, 2)), []).labels.shape == (0,)
 
 
 def test_tags_are_those_of_clam(tmp_path: Path) -> None:

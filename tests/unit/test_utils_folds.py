@@ -26,28 +26,28 @@ from utils.folds import (
     write_settings,
     write_summary,
 )
+from utils.objectives import TaskType
 from utils.report import Status
 from utils.storage import save_torch, write_text
 from utils.training_state import EarlyStopping, TrainingState, save_state
 
 SETTINGS = {"lr": 0.1, "slides": "abc", "left_out": []}
-ANSWERS = Predictions(["0001", "b"], np.array([1, 0]),
+ANSWERS = Predictions(["0001", "b"], np.array([[1.0], [0.0]]),
                       np.array([[0.25, 0.75], [0.4, 0.6]], np.float32), [])
 
 
-def metrics(auc: float | None, accuracy: float) -> dict[str, Any]:
-    return {"auc": auc, "accuracy": accuracy}
-
-
 def make_fold(folder: Path, fold: int = 0, *, failures: dict[str, str] | None = None,
-              settings: dict[str, Any] = SETTINGS) -> FoldFiles:
+              settings: dict[str, Any] = SETTINGS, task_type: TaskType = "classification",
+              headline: dict[str, dict[str, float | None]] | None = None) -> FoldFiles:
     files = FoldFiles(folder, fold)
     files.work.mkdir()
     save_torch(files.checkpoint, {"w": torch.ones(2)})
     write_text(files.split, ",train,val,test\n")
-    write_results(files, ANSWERS)
-    finish_fold(files, {"settings": settings, "failures": failures or {}, "metrics": {
-        "test": metrics(0.9, 0.8), "val": metrics(None, 0.5)}})
+    write_results(files, ANSWERS, task_type=task_type)
+    finish_fold(files, {
+        "settings": settings, "failures": failures or {}, "task_type": task_type,
+        "headline": headline or {"test": {"auc": 0.9, "acc": 0.8},
+                                 "val": {"auc": None, "acc": 0.5}}})
     return files
 
 
@@ -143,8 +143,10 @@ def test_clear_removes_everything_of_the_fold(tmp_path: Path) -> None:
 
 
 def test_folds_outside_the_run_must_have_equal_settings(tmp_path: Path) -> None:
-    make_fold(tmp_path, 3, settings={**SETTINGS, "slides": "another split", "left_out": ["x"]})
-    check_other_folds(tmp_path, range(2), SETTINGS)
+    make_fold(tmp_path, 3, settings={
+        **SETTINGS, "slides": "another split", "left_out": ["x"], "class_weights": [1, 2],
+        "bin_edges": [0, 1], "target_mean": [3], "target_std": [4]})
+    check_other_folds(tmp_path, range(2), {**SETTINGS, "class_weights": [2, 1]})
     check_other_folds(tmp_path, range(4), {**SETTINGS, "lr": 0.2})  # fold 3 is in the run
     with pytest.raises(Refused, match="fold 3 .*lr: file has 0.1"):
         check_other_folds(tmp_path, range(2), {**SETTINGS, "lr": 0.2})
@@ -168,9 +170,40 @@ def test_results_in_both_forms(tmp_path: Path) -> None:
 
 def test_results_of_an_empty_test_split(tmp_path: Path) -> None:
     files = FoldFiles(tmp_path, 0)
-    write_results(files, Predictions([], np.zeros(0, np.int64), np.zeros((0, 0), np.float32), []))
-    assert files.results[1].read_text().startswith("slide_id,Y,Y_hat")
+    write_results(files, Predictions([], np.zeros((0, 1)), np.zeros((0, 2), np.float32), []))
+    assert files.results[1].read_text() == "slide_id,Y,Y_hat,p_0,p_1\n"
 
+
+@pytest.mark.parametrize(("task_type", "truths", "scores", "names", "expected"), [
+    ("multilabel", [[1, np.nan]], [[0.5, 0.25]], ["a", "b"],
+     "slide_id,y_a,y_b,p_0,p_1\ns,1.0,,0.5,0.25\n"),
+    ("multilabel", [[1, 0]], [[0.5, 0.25]], [], "slide_id,y_0,y_1,p_0,p_1\ns,1.0,0.0,0.5,0.25\n"),
+    ("regression", [[3]], [[2.5]], ["size"], "slide_id,y_0,yhat_0\ns,3.0,2.5\n"),
+    ("survival", [[12, 1]], [[-1.5, 0.75, 0.5]], [],
+     "slide_id,time,event,risk,S_1,S_2\ns,12.0,1.0,-1.5,0.75,0.5\n")])
+def test_results_of_other_tasks(tmp_path: Path, task_type: TaskType, truths: list[list[float]],
+                                scores: list[list[float]], names: list[str], expected: str) -> None:
+    files = FoldFiles(tmp_path, 0)
+    write_results(files, Predictions(["s"], np.array(truths, np.float64),
+                                     np.array(scores, np.float32), []),
+                  task_type=task_type, names=names)
+    as_pickle, as_csv = files.results
+    assert as_csv.read_text() == expected
+    assert not as_pickle.exists()
+
+
+def test_a_fold_of_another_task_needs_no_pickle_and_has_its_own_columns(tmp_path: Path) -> None:
+    files = make_fold(tmp_path, task_type="regression", headline={
+        "test": {"r2": 0.5, "mae": 2.0}, "val": {"r2": None, "mae": 3.0}})
+    assert state(files) is FoldState.DONE
+    write_summary(tmp_path, folds=range(1), k=1)
+    assert (tmp_path / "summary.csv").read_text().splitlines() == [
+        ",folds,test_r2,val_r2,test_mae,val_mae", "0,0,0.5,,2.0,3.0"]
+
+
+def test_summary_without_any_finished_fold(tmp_path: Path) -> None:
+    write_summary(tmp_path, folds=range(2), k=2)
+    assert (tmp_path / "summary.csv").read_text().splitlines() == [",folds", "0,0", "1,1"]
 
 def test_summary_names_columns_and_gaps(tmp_path: Path) -> None:
     make_fold(tmp_path, 0)
@@ -208,3 +241,8 @@ def test_settings_file_is_a_python_dictionary_with_clams_keys(tmp_path: Path) ->
         found = ast.literal_eval((tmp_path / f"experiment_{model}.txt").read_text())
         assert set(found) == common | extra
         assert found["split_dir"] == "splits/t_100"
+    for task_type, expected in ((None, "ce"), ("survival", "nll_surv")):
+        write_settings(tmp_path, "x", {**options, "model_type": "abmil", "bag_loss": None,
+                                       "task_type": task_type}, task="t", split_dir=Path("s"))
+        found = ast.literal_eval((tmp_path / "experiment_x.txt").read_text())
+        assert found["bag_loss"] == expected
