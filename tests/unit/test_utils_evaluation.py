@@ -16,20 +16,21 @@ from utils.evaluation import (
     Evaluation,
     FoldPredictions,
     Measuring,
+    Results,
+    average_folds,
     evaluate_predictions,
-    pool_folds,
     pool_tests,
-    wrong_slides,
 )
+from utils.evaluation_classes import CLASSIFICATION, wrong_slides
 from utils.evaluation_files import (
     EvaluationFiles,
     find_finished,
     name_files,
+    remove_replaced,
     remove_run,
     write_fold_table,
     write_summary,
 )
-from utils.evaluation_report import draw_plots
 from utils.storage import write_json, write_text
 
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "metrics.json").read_text())["cases"]}
@@ -37,38 +38,47 @@ CASES = {case["name"]: case for case in json.loads((GOLDEN / "metrics.json").rea
 
 def fold(slides: str, labels: list[int], p1: list[float], name: str = "fold 0") -> FoldPredictions:
     p = np.array(p1, np.float32)
-    return FoldPredictions(name=name, slide_ids=tuple(slides), case_ids=tuple(slides.upper()),
-                           labels=np.array(labels), folds=np.ones(len(labels), int),
-                           probabilities=np.stack([1 - p, p], axis=1).reshape(-1, 2))
+    return predictions(name, tuple(slides), labels, np.stack([1 - p, p], axis=1).reshape(-1, 2))
+
+
+def predictions(name: str, ids: tuple[str, ...], labels: list[int], p: np.ndarray
+                ) -> FoldPredictions:
+    return FoldPredictions(
+        name=name, slide_ids=ids, case_ids=tuple(slide.upper() for slide in ids),
+        truths=np.array(labels, float).reshape(-1, 1), scores=p,
+        names=tuple(f"class {index}" for index in range(p.shape[1])),
+        strata=np.zeros(len(ids), int), folds=np.ones(len(ids), int))
 
 
 def golden_fold(name: str) -> FoldPredictions:
     case = CASES[name]
     ids = tuple(f"slide_{number}" for number in range(len(case["labels"])))
-    return FoldPredictions(name="fold 0", slide_ids=ids, case_ids=ids,
-                           labels=np.array(case["labels"]), folds=np.ones(len(ids), int),
-                           probabilities=np.array(case["probs"], np.float32))
+    return predictions("fold 0", ids, case["labels"], np.array(case["probs"], np.float32))
 
 
 def measured(one: FoldPredictions) -> Evaluation:
-    return evaluate_predictions(one, Measuring(resamples=20))
+    return evaluate_predictions(one, CLASSIFICATION, Measuring(resamples=20))
 
 
 def test_pooling_averages_slides_tested_several_times() -> None:
-    pooled = pool_folds([fold("ab", [0, 1], [0.2, 0.6]), fold("bc", [1, 0], [0.8, 0.1], "fold 1")])
+    pooled, _ = average_folds(
+        [fold("ab", [0, 1], [0.2, 0.6]), fold("bc", [1, 0], [0.8, 0.1], "fold 1")])
     assert pooled.slide_ids == ("a", "b", "c") and pooled.case_ids == ("A", "B", "C")
-    assert pooled.folds.tolist() == [1, 2, 1] and pooled.labels.tolist() == [0, 1, 0]
-    np.testing.assert_allclose(pooled.probabilities[:, 1], [0.2, 0.7, 0.1], atol=1e-7)
+    assert pooled.folds.tolist() == [1, 2, 1] and pooled.truths.tolist() == [[0], [1], [0]]
+    np.testing.assert_allclose(pooled.scores[:, 1], [0.2, 0.7, 0.1], atol=1e-7)
 
 
 def test_only_test_slides_of_several_folds_are_pooled() -> None:
     two = {0: measured(fold("ab", [0, 1], [0.2, 0.6])), 1: measured(fold("bc", [1, 0], [0.8, 0.1]))}
-    pooled, note = pool_tests(two, "test", Measuring(resamples=0))
-    assert pooled is not None and pooled.plain.n == 3 and "1 of them" in note
-    assert pool_tests(two, "train", Measuring())[0] is None
-    assert "val" in pool_tests(two, "val", Measuring())[1]
-    assert pool_tests({0: two[0]}, "test", Measuring()) == (
-        None, "One fold, so there is nothing to pool.")
+    results = pool_tests(two, "test", CLASSIFICATION, Measuring(resamples=0))
+    assert results.pooled is not None and results.pooled.predictions.n_slides == 3
+    assert "1 of them" in results.note and len(results.shown) == 3
+    for part in ("train", "val", "all"):
+        results = pool_tests(two, part, CLASSIFICATION, Measuring())
+        assert results.pooled is None and f"'{part}'" in results.note
+    single = pool_tests({0: two[0]}, "test", CLASSIFICATION, Measuring())
+    assert single == Results(folds={0: two[0]}, pooled=None,
+                             note="One fold, so there is nothing to pool.")
 
 
 def test_surest_errors_come_first() -> None:
@@ -81,11 +91,12 @@ def test_surest_errors_come_first() -> None:
                                   "binary, only class 1 present"])
 def test_tables_are_those_of_the_original(tmp_path: Path, name: str) -> None:
     expected, one = CASES[name]["eval_py_summary"], golden_fold(name)
-    write_fold_table(tmp_path / "fold_0.csv", one)
+    write_fold_table(tmp_path / "fold_0.csv", one, CLASSIFICATION)
     rows = list(csv.reader((tmp_path / "fold_0.csv").open()))
     assert rows[0] == expected["csv_columns"]
     assert rows[1] == expected["csv_first_row"]
-    write_summary(tmp_path / "summary.csv", {3: measured(one)})
+    results = Results(folds={3: measured(one)}, pooled=None, note="")
+    write_summary(tmp_path / "summary.csv", results, CLASSIFICATION)
     rows = list(csv.reader((tmp_path / "summary.csv").open()))
     assert rows[0] == ["", "folds", "test_auc", "test_acc"]
     assert rows[1][:2] == ["0", "3"]
@@ -102,7 +113,8 @@ def test_the_record_says_why_a_figure_is_missing() -> None:
 
 def test_no_prediction_at_all_is_no_crash() -> None:
     empty = measured(fold("", [], []))
-    assert empty.plain.n == 0 and draw_plots({0: empty}, None, ["a", "b"]) == {}
+    assert empty.record()["slides"] == 0
+    assert empty.estimates["auc"].reason == "no slide was evaluated"
 
 
 # ---------------------------------------------------------------------------- finished runs
@@ -113,7 +125,7 @@ IDENTITY = {"settings": {"split": "test"}, "models": {"0": {"sha256": "x"}}, "in
 def finished(folder: Path, identity: dict = IDENTITY, k: int = 1) -> EvaluationFiles:
     from utils.storage import file_sha256
 
-    files = name_files(folder, "e", [0], k=k, with_report=False)
+    files = name_files(folder, "e", [0], k=k, plots=(), with_report=False)
     for name in files.names():
         write_text(folder / name, name)
     write_json(files.metrics, {"identity": identity, "failed": {}, "files": {
@@ -142,13 +154,15 @@ def test_another_evaluation_is_kept_unless_overwritten(tmp_path: Path, part: str
         find_finished(files, {**IDENTITY, part: value}, overwrite=False)
     assert files.metrics.exists()
     assert find_finished(files, {**IDENTITY, part: value}, overwrite=True) is None
+    assert files.metrics.exists()
+    remove_replaced(files, {**IDENTITY, part: value})
     assert [path.name for path in tmp_path.iterdir()] == ["notes of mine.txt"]
 
 
 def test_ranges_of_folds_share_a_folder_of_equal_settings(tmp_path: Path) -> None:
     first = finished(tmp_path, k=2)
     assert first.metrics.name == "metrics_partial_0_0.json"
-    second = name_files(tmp_path, "e", [1], k=2, with_report=True)
+    second = name_files(tmp_path, "e", [1], k=2, plots=["roc.png"], with_report=True)
     assert "plots_partial_1_1/roc.png" in second.names()
     models = {"1": {"sha256": "z"}}
     assert find_finished(second, {**IDENTITY, "models": models}, overwrite=False) is None
