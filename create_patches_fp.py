@@ -10,6 +10,12 @@ In two steps, to correct single slides by hand:
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch \\
         --process_list process_list_autogen.csv
 
+Finer levels of the same patches, for HAG-MIL (pyramid levels, or um per pixel by --child_mpp), go
+into folders beside save_dir, OUT_level_1_corresponding and OUT_level_0_corresponding:
+
+    python create_patches_fp.py --source SLIDES --save_dir OUT_level_2 --seg --patch \\
+        --patch_level 2 --child_levels 1 0
+
 Every file directly in SLIDES is a slide (hidden files and sub-folders are left out). Writes
 patches/<slide>.h5 (level-0 coordinates), masks/ and stitches/<slide>.jpg, process_list_autogen.csv,
 report_patches.csv and .json. Running the same command again goes on where it stopped.
@@ -36,9 +42,6 @@ if TYPE_CHECKING:
     from wsi_core.presets import PatchingParameters
     from wsi_core.process_list import ProcessList
 
-AUTOGEN = "process_list_autogen.csv"
-LIST_STATUS = {Status.DONE: "processed", Status.SKIPPED: "already_exist", Status.EMPTY: "no_tissue",
-               Status.FAILED: "failed", Status.BUSY: "tbp"}
 SAVE_EVERY_S = 1.0  # the process list, while slides finish
 
 
@@ -51,6 +54,10 @@ class Options:
     patch_size: int = option(256, low=1, high=16384, help="side of a patch, px of patch_level")
     step_size: int = option(256, low=1, help="step of the grid, px of patch_level")
     patch_level: int = option(0, low=0, high=127, help="pyramid level to read patches from")
+    child_levels: tuple[int, ...] = option(
+        (), low=0, high=127, help="finer levels, coarse to fine, that tile the coarse patches")
+    child_mpp: tuple[float, ...] = option(
+        (), low=0.01, high=100, help="the same by um per pixel, read at the best level and resized")
     custom_downsample: Literal[1, 2] = option(
         1, help="2: read patches (and step) twice as large, to be shrunk to patch_size")
     seg: bool = option(False, help="segment the tissue and draw masks")
@@ -72,8 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, prog="create_patches_fp.py", argv=argv,
                     description=__doc__ or "")
     check_options(options)
+    from wsi_core.deriving import DerivePlan, derive_slides, prepare
+    from wsi_core.hierarchy import wanted_children
     from wsi_core.patching import PatchPlan
     from wsi_core.slide import BLACK, WHITE
+
+    finer = DerivePlan(save_dir=options.save_dir, redo=not options.auto_skip,
+                       children=wanted_children(options.child_levels, options.child_mpp))
 
     defaults = load_defaults(options.preset)
     listing = load_listing(options.source, options.save_dir, options.process_list, defaults)
@@ -88,10 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("", "patches", "masks", "stitches"):
         writable_folder(options.save_dir / name, what="--save_dir")
     sweep_locks(options.save_dir / "patches")
+    prepare(finer, list(listing.rows), plan)
     print(f"{len(jobs)} slides to do, {len(report.rows)} settled before, of "
           f"{len(listing.rows)} listed")
     try:
         do_jobs(jobs, plan, listing, report, workers=options.workers)
+        derive_slides(finer, listing, options.source, report, workers=options.workers)
     finally:
         save_results(listing, report, options)
     report.print_summary(options.save_dir)
@@ -106,6 +120,11 @@ def check_options(options: Options) -> None:
         raise Refused("nothing to do: give --seg (masks), --seg --patch (coordinates), --stitch")
     if options.patch and not options.seg:
         raise Refused("--patch needs the tissue outlines: give --seg --patch")
+    if (options.child_levels or options.child_mpp) and not options.patch:
+        raise Refused("finer levels come from coarse coordinates: give --seg --patch as well")
+    if options.child_levels and options.child_levels[0] >= options.patch_level:
+        raise Refused(f"--child_levels {options.child_levels[0]} is not finer than --patch_level "
+                      f"{options.patch_level}: levels count from 0, the finest")
     if not options.source.is_dir():
         raise Refused(f"--source {options.source} is no folder: give the folder with the slides")
 
@@ -193,6 +212,7 @@ def do_jobs(jobs: list[PatchJob], plan: PatchPlan, listing: ProcessList, report:
     from tqdm import tqdm
 
     from wsi_core.patching import patch_slide
+    from wsi_core.process_list import AUTOGEN, LIST_STATUS
 
     saved = 0.0
     outcomes = run_items(patch_slide, jobs, workers=workers, arguments={"plan": plan})
@@ -212,16 +232,13 @@ def do_jobs(jobs: list[PatchJob], plan: PatchPlan, listing: ProcessList, report:
 def settle(listing: ProcessList, report: RunReport, row: Row) -> None:
     """Write a slide's end into the report and its row of the process list."""
     report.add(row)
-    cells = listing.rows[row.item]
-    cells["status"] = LIST_STATUS[row.status]
-    if row.status not in (Status.FAILED, Status.BUSY):  # those are tried again
-        cells["process"] = "0"
-    cells["reason"] = row.reason
-    cells.update({name: str(value) for name, value in row.numbers.items()})
+    listing.settle(row.item, row)
 
 
 def save_results(listing: ProcessList, report: RunReport, options: Options) -> None:
     """The process list and the report; a full disk is one line, not a trace."""
+    from wsi_core.process_list import AUTOGEN
+
     try:
         listing.save(options.save_dir / AUTOGEN)
         report.write(options.save_dir, options=resolved(options))

@@ -7,6 +7,12 @@ On a CPU, --precision bf16 is several times faster (relative error 3e-3 to 4e-2)
 resnet50_trunc, uni_v1 (UNI_CKPT_PATH), conch_v1 (CONCH_CKPT_PATH), efficientnet_lite0 (its weights
 come with a package) and timm:<name>, e.g. timm:resnet18; --encoder_ckpt gives a weight file.
 
+All levels of a hierarchy in one run (OUT_level_2 has OUT_level_1_corresponding beside it, made by
+create_patches_fp.py; their features go into FEATURES_level_1_corresponding and so on):
+
+    python extract_features_fp.py --data_h5_dir OUT_level_2 --feat_dir FEATURES_level_2 \\
+        --child_levels 1 0 --data_slide_dir SLIDES
+
 Reads OUT/patches/<slide>.h5, the slides, and a csv with a column slide_id (every row is used).
 Writes h5_files/<slide>.h5 (features, coords, what made them), pt_files/<slide>.pt (the matrix),
 report_features.csv and .json. Running the same command again goes on where it stopped.
@@ -15,29 +21,21 @@ report_features.csv and .json. Running the same command again goes on where it s
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.devices import Precision
-from utils.errors import ItemFailed, Refused, run_script
+from utils.errors import Refused, run_script
 from utils.options import option, parse, resolved
-from utils.report import Row, RunReport, Status
-from utils.storage import (
-    State,
-    differences,
-    free_bytes,
-    inside,
-    read_table,
-    safe_id,
-    writable_folder,
-)
+from utils.report import RunReport
+from utils.storage import free_bytes, inside, read_table, safe_id, writable_folder
 
 if TYPE_CHECKING:
     from datasets.extraction import Work
-    from wsi_core.slide import Backend
 
 AUTOGEN = "process_list_autogen.csv"
 
@@ -52,6 +50,11 @@ class Options:
     csv_path: Path | None = option(
         None, help="csv with a column slide_id (default: process_list_autogen.csv in data_h5_dir)")
     feat_dir: Path = option(help="folder for h5_files/ and pt_files/")
+    child_levels: tuple[int, ...] = option(
+        (), low=0, high=127, help="encode these finer levels of create_patches_fp.py as well, "
+        "into folders beside feat_dir")
+    child_mpp: tuple[float, ...] = option(
+        (), low=0.01, high=100, help="the same by um per pixel")
     model_name: str = option("resnet50_trunc", help="resnet50_trunc, uni_v1, conch_v1, "
                              "efficientnet_lite0 or timm:<name>")
     encoder_ckpt: Path | None = option(None, help="weight file of the encoder (.pth, .bin, .pt, "
@@ -81,29 +84,35 @@ def main(argv: Sequence[str] | None = None) -> int:
                          options.slide_ext)
     devices = check_devices(options.device, options.gpus)
     from datasets.extraction import Extraction, extract, share_out
+    from datasets.extraction_plan import list_levels, plan_works
+    from datasets.patches import item_name
     from models.encoders import encoder_record, encoder_spec, load_encoder
+    from wsi_core.hierarchy import wanted_children
 
     settings: dict[str, Any] = {"checkpoint": options.encoder_ckpt, "precision": options.precision,
                                 "target_px": options.target_patch_size}
     encoder = encoder_record(options.model_name, **settings)
-    for name in ("", "h5_files", "pt_files"):
-        writable_folder(options.feat_dir / name, what="--feat_dir")
+    levels = list_levels(options.data_h5_dir, options.feat_dir,
+                         wanted_children(options.child_levels, options.child_mpp))
+    for level in levels:
+        for name in ("", "h5_files", "pt_files"):
+            writable_folder(level.feat_dir / name, what="--feat_dir")
     report = RunReport("features")
-    works = plan_works(slides, report, encoder=encoder, backend=options.backend,
-                       coords_dir=options.data_h5_dir / "patches", feat_dir=options.feat_dir,
+    works = plan_works(slides, levels, report, encoder=encoder, backend=options.backend,
                        redo=not options.auto_skip, allow_dropped=options.bad_tiles == "drop")
     check_space(works, encoder_spec(options.model_name).dim, options.feat_dir)
-    print(f"{len(works)} slides to do ({sum(len(work.patches) for work in works):,} patches), "
+    what = "slides" if len(levels) == 1 else f"items (slides x {len(levels)} levels)"
+    print(f"{len(works)} {what} to do ({sum(len(work.patches) for work in works):,} patches), "
           f"{len(report.rows)} settled before; encoder {options.model_name}, {options.precision}")
     extraction = Extraction(
-        feat_dir=options.feat_dir, batch_size=options.batch_size, workers=options.workers,
-        bad_tiles=options.bad_tiles, redo=not options.auto_skip,
-        load=partial(load_encoder, options.model_name, **settings))
+        batch_size=options.batch_size, workers=options.workers, bad_tiles=options.bad_tiles,
+        redo=not options.auto_skip, load=partial(load_encoder, options.model_name, **settings))
     try:
         for row in extract(share_out(works, devices), extraction):
             report.add(row)
     finally:
-        order = {slide_id: place for place, slide_id in enumerate(slides)}
+        order = {item_name(slide_id, level.name): place
+                 for place, (level, slide_id) in enumerate(product(levels, slides))}
         report.rows.sort(key=lambda row: order[row.item])
         report.write(options.feat_dir, options=resolved(options))
     print_dropped(report)
@@ -166,76 +175,7 @@ def check_space(works: Sequence[Work], dim: int, feat_dir: Path) -> None:
                       f"{need / 1e6:,.0f} MB: free some or choose another folder")
 
 
-# ---------------------------------------------------------------------------- plan
-
-def plan_works(slides: Mapping[str, Path], report: RunReport, *, encoder: Mapping[str, Any],
-               backend: Backend, coords_dir: Path, feat_dir: Path, redo: bool,
-               allow_dropped: bool) -> list[Work]:
-    """The slides to encode; what needs no encoding goes into the report at once.
-
-    ``Refused`` when finished features of any slide were made with other settings.
-    """
-    works, clashes = [], []
-    for slide_id, path in slides.items():
-        try:
-            work = plan_slide(slide_id, path, coords_dir / f"{slide_id}.h5", encoder=encoder,
-                              backend=backend)
-        except ItemFailed as error:
-            report.add(Row(item=slide_id, status=Status.FAILED, reason=str(error)))
-            continue
-        if redo or (settled := settle(work, feat_dir, allow_dropped=allow_dropped)) is None:
-            works.append(work)
-        elif isinstance(settled, Row):
-            report.add(settled)
-        else:
-            clashes.append(f"{slide_id}: {settled}")
-    if clashes:
-        more = f" (and {len(clashes) - 1} more slides)" if len(clashes) > 1 else ""
-        raise Refused(f"{feat_dir} holds other features, {clashes[0]}{more}: give another "
-                      "--feat_dir, or --no_auto_skip to make them anew")
-    return works
-
-
-def plan_slide(slide_id: str, slide_path: Path, coords_path: Path, *, encoder: Mapping[str, Any],
-               backend: Backend) -> Work:
-    """One slide's work; ``ItemFailed`` without usable coordinates or slide file."""
-    from datasets.extraction import Work
-    from datasets.feature_files import feature_parameters
-    from datasets.patches import SlidePatches
-    from wsi_core.coords import read_coords
-    from wsi_core.slide import fingerprint
-
-    if not coords_path.exists():
-        raise ItemFailed(f"{coords_path} is missing: run create_patches_fp.py --seg --patch")
-    coords = read_coords(coords_path)
-    patches = SlidePatches(
-        slide_id=slide_id, slide_path=slide_path, coords=coords.coords,
-        patch_level=coords.patch_level, patch_size=coords.patch_size,
-        output_size=coords.output_size, background=coords.background, backend=backend)
-    return Work(patches=patches, mpp_um=coords.mpp_um, footprint_px_l0=coords.footprint_px_l0,
-                parameters=feature_parameters(coords, encoder=encoder,
-                                              slide=fingerprint(slide_path)))
-
-
-def settle(work: Work, feat_dir: Path, *, allow_dropped: bool) -> Row | str | None:
-    """None: to be encoded. A row: done before (a lost pt is mended). A text: made otherwise."""
-    from datasets.feature_files import inspect_features, mend_pt
-
-    finding = inspect_features(feat_dir, work.slide_id, work.parameters,
-                               allow_dropped=allow_dropped)
-    if finding.state is State.FOREIGN:
-        return "not made by this toolkit, so it is unknown with which encoder"
-    if finding.state is State.OTHER and finding.other_settings:
-        return differences(finding.found, finding.changed)
-    if finding.state is not State.DONE:
-        return None  # missing, broken, or the slide or its coordinates have changed since
-    if not finding.pt_sound:
-        mend_pt(feat_dir, work.slide_id)
-    empty = finding.rows == 0
-    return Row(item=work.slide_id, status=Status.EMPTY if empty else Status.SKIPPED,
-               reason="no patches" if empty else "" if finding.pt_sound else
-               "pt file made anew from the h5", numbers={"n_patches": finding.rows, "n_dropped": 0})
-
+# ---------------------------------------------------------------------------- report
 
 def print_dropped(report: RunReport) -> None:
     """A line for each slide of which patches were left out."""

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import numpy as np
 
 from datasets.features import FeatureStore
+from datasets.levels import Children, StoredLevels
 from datasets.table import SlideTable
 from utils.contracts import Bag
 from utils.errors import ItemFailed
@@ -42,28 +43,36 @@ class BagDataset(Sequence[Bag]):
     all fit in half of the free memory, shared by ``processes`` that do the same (folds, ranks).
     pin: page-locked memory for kept bags, for fast copies to a GPU. ``subset`` shares the cache,
     so one data set over all slides serves every fold.
+    level_stores: finer levels, coarse to fine, whose rows are read when a model asks for them, or
+    kept as well where all of them fit too ("auto"). children: any other source of finer levels.
+    n_bytes, level_bytes: of the coarse features and of all finer ones, when known from a check.
     """
 
     def __init__(self, table: SlideTable, store: FeatureStore, *, cache: CacheMode = "auto",
                  n_bytes: int | None = None, processes: int = 1, pin: bool = False,
-                 embed_dim: int | None = None) -> None:
+                 embed_dim: int | None = None, level_stores: Sequence[FeatureStore] = (),
+                 level_bytes: int | None = None, children: Children | None = None) -> None:
         self.table = table
         self.store = store
         self.embed_dim = embed_dim
         self.pin = pin
+        self.keeps = keeps_levels = cache == "ram"
         if cache == "auto":
             budget = _MEMORY_SHARE * available_memory_bytes() / max(1, processes)
-            size = self._measure() if n_bytes is None else n_bytes
-            cache = "ram" if size <= budget else "none"
-        self.keeps = cache == "ram"
+            coarse = self._measure(store) if n_bytes is None else n_bytes
+            finer = sum(map(self._measure, level_stores)) if level_bytes is None else level_bytes
+            self.keeps, keeps_levels = coarse <= budget, coarse + finer <= budget
+        self._children = children
+        if level_stores:
+            self._children = StoredLevels(store, tuple(level_stores), keep=keeps_levels)
         self._kept: dict[str, Bag] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """What travels to a worker process: everything but the bags kept here."""
         return {**self.__dict__, "_kept": {}}
 
-    def _measure(self) -> int:
-        infos = [self.store.info(slide_id) for slide_id in self.table.slide_ids]
+    def _measure(self, store: FeatureStore) -> int:
+        infos = [store.info(slide_id) for slide_id in self.table.slide_ids]
         return sum(4 * info.rows * info.width for info in infos)
 
     @property
@@ -73,13 +82,13 @@ class BagDataset(Sequence[Bag]):
 
     @property
     def labels(self) -> np.ndarray:
-        """(n,) int64 class indices."""
+        """(n,) int64 class indices (strata of other task types)."""
         return self.table.labels
 
     def subset(self, slide_ids: Iterable[str]) -> BagDataset:
         """The bags of these slides, sharing what is kept in memory."""
         part = BagDataset(self.table.subset(slide_ids), self.store, cache="none", pin=self.pin,
-                          embed_dim=self.embed_dim)
+                          embed_dim=self.embed_dim, children=self._children)
         part.keeps, part._kept = self.keeps, self._kept
         return part
 
@@ -121,6 +130,8 @@ class BagDataset(Sequence[Bag]):
             raise ItemFailed(f"{slide_id}: features have width {features.shape[1]}, expected "
                              f"{self.embed_dim}")
         row = self.table.row_of[slide_id]
+        target = self.table.target_of(row)
+        children = self._children(slide_id, coords, len(features)) if self._children else ()
         return Bag(slide_id=slide_id, features=features.pin_memory() if self.pin else features,
-                   coords=coords, label=int(self.table.labels[row]),
-                   case_id=self.table.case_ids[row])
+                   coords=coords, label=int(self.table.labels[row]) if target is None else None,
+                   target=target, case_id=self.table.case_ids[row], children=children)

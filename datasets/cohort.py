@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import Any
 
 from datasets.bags import BagDataset, CacheMode
 from datasets.features import FeatureStore, StoreCheck
+from datasets.levels import level_stores
 from datasets.splits import Split, check_split, read_split, split_files, split_notes
 from datasets.table import SlideTable, load_table
 from datasets.tasks import Task
 from utils.errors import Refused
 from utils.report import Row, Status
 from utils.storage import canonical, write_text
+
+VAL_IS_TEST = ("the test slides are the validation slides too (--val_is_test): the best epoch is "
+               "chosen on them, so all figures are optimistic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,9 @@ class Cohort:
     encoder: record of what made the features, None when unknown
     left_out: a row for each slide of the splits that cannot be used
     notes: what is allowed but worth knowing
+    val_is_test: the legacy protocol, in which the test slides are the validation slides too; the
+    splits stay as they are
+    level_rows: patches of each slide on each finer level, coarse to fine
     """
 
     asked: Mapping[int, Split]
@@ -38,26 +45,49 @@ class Cohort:
     encoder: dict[str, Any] | None
     left_out: tuple[Row, ...]
     notes: tuple[str, ...]
+    val_is_test: bool = False
+    level_rows: tuple[Mapping[str, int], ...] = ()
 
     def parts(self, fold: int) -> dict[str, BagDataset]:
         """Bags of ``train``, ``val`` and ``test``."""
-        return {part: self.bags.subset(ids) for part, ids in self.splits[fold].parts().items()}
+        ids = self.splits[fold].parts()
+        if self.val_is_test:
+            ids["val"] = ids["test"]
+        return {part: self.bags.subset(slides) for part, slides in ids.items()}
 
     def facts(self, fold: int) -> dict[str, Any]:
         """What decides a result: classes, encoder, which slides with which labels, and patches.
 
         Features that were made anew from other patches show in ``n_patches``, whatever their date.
         """
-        labels = dict(zip(self.bags.table.slide_ids, self.bags.table.labels, strict=True))
-        asked = {part: [[slide, labels.get(slide)] for slide in ids]
+        table = self.bags.table
+        truths = {slide: [table.labels[row], *(table.target_of(row) or ())]
+                  for row, slide in enumerate(table.slide_ids)}
+        asked = {part: [[slide, *truths.get(slide, [None])] for slide in ids]
                  for part, ids in self.asked[fold].parts().items()}
         left_out = {row.item for row in self.left_out}
         used = [slide for ids in self.splits[fold].parts().values() for slide in ids]
-        return {"class_names": list(self.bags.table.class_names), "encoder": self.encoder,
+        levels = [sum(rows[slide] for slide in used) for rows in self.level_rows]
+        return {**({"val_is_test": True} if self.val_is_test else {}),
+                **({"n_patches_of_levels": levels} if levels else {}),
+                "class_names": list(table.output_names), "encoder": self.encoder,
                 "n_patches": sum(self.rows[slide] for slide in used),
                 "slides": hashlib.sha256(canonical(asked).encode()).hexdigest()[:16],
                 "left_out": [slide for ids in self.asked[fold].parts().values() for slide in ids
                              if slide in left_out]}
+
+    def overview(self) -> list[str]:
+        """A line a fold: the slides of each part by class."""
+        lines = []
+        for fold, split in self.splits.items():
+            cells = []
+            for part, ids in split.parts().items():
+                counts = self.bags.table.subset(ids).class_counts()
+                by_class = ", ".join(f"{name} {count}" for name, count in zip(
+                    self.bags.table.class_names, counts, strict=True))
+                cells.append(f"{part} {len(ids)} ({by_class})")
+            lines.append(f"fold {fold}: {'; '.join(cells)}")
+        return lines
 
     def write_split(self, folder: Path, fold: int) -> None:
         """Write ``splits_{fold}.csv``, the slides actually used."""
@@ -74,44 +104,52 @@ def find_split_folder(root: Path, name: str, *, task: Task) -> Path:
     for path in (root / name, Path(name)):
         if path.is_dir():
             return path
-    labels = ",".join(f"{label}:{index}" for label, index in task.label_dict.items())
     raise Refused(f"split folder {root / name} does not exist: make it with python "
-                  f"create_splits_seq.py --task {task.name} (or --csv_path {task.csv_path} "
-                  f"--label_dict {labels}), or name one with --split_dir")
+                  f"create_splits_seq.py --task {task.name} (or {task.flags}), or name one with "
+                  "--split_dir")
 
 
 def load_cohort(
     task: Task, *, data_root: Path, split_folder: Path, folds: Iterable[int], embed_dim: int,
     allow_missing: bool = False, tenth: bool = False, cache: CacheMode = "auto",
-    processes: int = 1, pin: bool = False,
+    processes: int = 1, pin: bool = False, allow_shared_patients: bool = False,
+    val_is_test: bool = False, child_levels: Sequence[int] = (), child_dirs: Sequence[Path] = (),
 ) -> Cohort:
     """Read and check the table, the splits of ``folds``, and the shape of every feature file.
 
     tenth: keep a tenth of the slides of each class in each part, for a try-out
     cache, processes, pin: see ``BagDataset``
+    val_is_test: the legacy protocol, in which the test slides are the validation slides too
+    child_levels, child_dirs: finer levels of the bags, see ``levels.level_stores``
     Raises ``Refused`` for everything that the table, the splits or the features do wrong.
     """
     table = load_table(task)
-    asked = {fold: read_split(split_folder / f"splits_{fold}.csv", table) for fold in folds}
+    asked = {fold: read_split(split_folder / f"splits_{fold}.csv", table,
+                              allow_shared_patients=allow_shared_patients) for fold in folds}
     if tenth:
         asked = {fold: Split(*(_tenth(ids, table) for ids in split.parts().values()))
                  for fold, split in asked.items()}
     wanted = {slide for split in asked.values() for ids in split.parts().values() for slide in ids}
     store = FeatureStore.for_task(data_root, task, table)
+    finer = level_stores(store, child_levels, child_dirs=child_dirs)
     found = store.check([slide for slide in table.slide_ids if slide in wanted],
-                        embed_dim=embed_dim, allow_missing=allow_missing)
+                        embed_dim=embed_dim, allow_missing=allow_missing, levels=finer)
     usable = set(found.usable)
     splits = {fold: Split(*(tuple(filter(usable.__contains__, ids))
                             for ids in split.parts().values())) for fold, split in asked.items()}
     notes = [*table.notes, *found.notes]
+    if val_is_test:
+        notes.append(VAL_IS_TEST)
     for fold, split in splits.items():
         check_split(split, table, what=f"fold {fold} without its unusable slides",
                     allow_shared_patients=True)  # judged when the file was read
         notes += [f"fold {fold}: {note}" for note in split_notes(split, table)]
     bags = BagDataset(table.subset(found.usable), store, cache=cache, n_bytes=found.n_bytes,
-                      processes=processes, pin=pin, embed_dim=embed_dim)
+                      processes=processes, pin=pin, embed_dim=embed_dim, level_stores=finer,
+                      level_bytes=sum(level.n_bytes for level in found.levels))
     return Cohort(asked=asked, splits=splits, bags=bags, rows=found.rows,
-                  encoder=found.encoder, left_out=_rows(found), notes=tuple(notes))
+                  encoder=found.encoder, left_out=_rows(found), notes=tuple(notes),
+                  val_is_test=val_is_test, level_rows=tuple(level.rows for level in found.levels))
 
 
 def _tenth(slide_ids: tuple[str, ...], table: SlideTable) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from utils.locks import claim
 from utils.parallel import available_cpus, describe_os_error, run_items
 from utils.report import Row, Status
 from utils.storage import State, free_bytes
+from wsi_core.coords import Descent
 from wsi_core.slide import fingerprint
 
 MAX_LISTED = 5  # coordinates of unreadable patches in a reason
@@ -30,17 +31,24 @@ MAX_LISTED = 5  # coordinates of unreadable patches in a reason
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One slide to encode: its patches, and the parameters its features will carry."""
+    """One slide (or a finer level of it) to encode: its patches, and what its features carry."""
 
     patches: SlidePatches
+    feat_dir: Path
     parameters: dict[str, Any]
     mpp_um: float | None
     footprint_px_l0: tuple[int, int]
+    descent: Descent | None = None
 
     @property
     def slide_id(self) -> str:
         """The slide's id, the name of its files."""
         return self.patches.slide_id
+
+    @property
+    def path(self) -> Path:
+        """Where the features go."""
+        return h5_path(self.feat_dir, self.slide_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,6 @@ class Extraction:
     workers: reading threads a child; None = 2 on a CPU, up to 8 on a GPU
     """
 
-    feat_dir: Path
     load: Callable[..., PatchEncoder]
     batch_size: int
     workers: int | None
@@ -108,14 +115,14 @@ def _after_crash(shard: Shard, error: str, extraction: Extraction) -> tuple[list
     for work in shard.works:
         if _finished(work, extraction):
             rows.append(_row(work, Status.DONE))
-        elif Path(f"{h5_path(extraction.feat_dir, work.slide_id)}.lock").exists():
+        elif Path(f"{work.path}.lock").exists():
             suspects.append(work)
         else:
             others.append(work)
     if len(shard.works) == 1 or not suspects:
         for work in suspects + others:
             rows.append(_row(work, Status.FAILED, error))
-            with claim(h5_path(extraction.feat_dir, work.slide_id)):
+            with claim(work.path):
                 pass  # takes the dead process's lock over and gives it back
         return rows, []
     again = [Shard((work,), shard.device) for work in suspects]
@@ -123,7 +130,7 @@ def _after_crash(shard: Shard, error: str, extraction: Extraction) -> tuple[list
 
 
 def _finished(work: Work, extraction: Extraction) -> bool:
-    finding = inspect_features(extraction.feat_dir, work.slide_id, work.parameters,
+    finding = inspect_features(work.feat_dir, work.slide_id, work.parameters,
                                allow_dropped=extraction.bad_tiles == "drop")
     return finding.state is State.DONE and finding.pt_sound
 
@@ -149,7 +156,7 @@ class _Child:
     """The work of one child process on its shard."""
 
     def __init__(self, shard: Shard, extraction: Extraction, encoder: PatchEncoder) -> None:
-        self._works = {work.slide_id: work for work in shard.works}
+        self._works = {work.patches.name: work for work in shard.works}
         self._todo = extraction
         self._encoder = encoder
         self._held: dict[str, tuple[contextlib.ExitStack, float]] = {}
@@ -176,26 +183,25 @@ class _Child:
 
     def _claimed(self) -> Iterator[SlidePatches]:
         """The slides nobody else works on, each locked until its files are written."""
-        for work in self._works.values():
+        for name, work in self._works.items():
             held = contextlib.ExitStack()
-            path = h5_path(self._todo.feat_dir, work.slide_id)
-            if not held.enter_context(claim(path)):
+            if not held.enter_context(claim(work.path)):
                 self._rows.append(_row(work, Status.BUSY, "another process works on it"))
-            elif not self._todo.redo and path.exists() and _finished(work, self._todo):
+            elif not self._todo.redo and work.path.exists() and _finished(work, self._todo):
                 held.close()  # by another process, since the plan was made
                 self._rows.append(_row(work, Status.SKIPPED))
             elif (need := needed_bytes(len(work.patches), self._encoder.dim)) > free_bytes(
-                    self._todo.feat_dir):
+                    work.feat_dir):
                 held.close()
-                self._rows.append(_row(work, Status.FAILED, f"no space in {self._todo.feat_dir} "
+                self._rows.append(_row(work, Status.FAILED, f"no space in {work.feat_dir} "
                                        f"(needs {need / 1e6:.0f} MB): free some and run again"))
             else:
-                self._held[work.slide_id] = held, time.monotonic()
+                self._held[name] = held, time.monotonic()
                 yield work.patches
 
     def _settle(self, done: EncodedSlide) -> None:
-        work = self._works[done.patches.slide_id]
-        held, start = self._held.pop(work.slide_id)
+        work = self._works[done.patches.name]
+        held, start = self._held.pop(done.patches.name)
         with held:
             try:
                 row = self._commit(work, done)
@@ -212,8 +218,8 @@ class _Child:
                              "same command again")
         if done.error:
             raise SlideError(done.error)
-        write_features(self._todo.feat_dir, done, parameters=work.parameters, mpp_um=work.mpp_um,
-                       footprint_px_l0=work.footprint_px_l0)
+        write_features(work.feat_dir, done, parameters=work.parameters, mpp_um=work.mpp_um,
+                       footprint_px_l0=work.footprint_px_l0, descent=work.descent)
         return _row(work, Status.DONE if len(work.patches) else Status.EMPTY,
                     describe_dropped(done) if len(work.patches) else "no patches",
                     dropped=len(done.unreadable))
@@ -230,7 +236,7 @@ def describe_dropped(done: EncodedSlide) -> str:
 
 
 def _row(work: Work, status: Status, reason: str = "", dropped: int = 0) -> Row:
-    return Row(item=work.slide_id, status=status, reason=reason,
+    return Row(item=work.patches.name, status=status, reason=reason,
                numbers={"n_patches": len(work.patches) - dropped, "n_dropped": dropped})
 
 

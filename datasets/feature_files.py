@@ -15,8 +15,10 @@ import numpy as np
 
 from datasets.patches import EncodedSlide
 from utils.errors import BrokenFile
-from utils.storage import H5Data, State, canonical, digest, read_h5, save_torch, write_h5
-from wsi_core.coords import PatchCoords
+from utils.storage import H5Data, State, canonical, read_h5, save_torch, write_h5
+from wsi_core.coords import Descent, PatchCoords, coords_digest
+
+CHUNK_ROWS = {"features": 256}  # what a reader of single rows of a finer level reads at once
 
 SETTINGS = ("encoder", "patch")  # what the user chose; the other parameters are the input files
 
@@ -59,7 +61,7 @@ def feature_parameters(patches: PatchCoords, *, encoder: Mapping[str, Any],
         "encoder": dict(encoder),
         "patch": {"patch_level": patches.patch_level, "patch_size": patches.patch_size,
                   "output_size": patches.output_size, "background": list(patches.background)},
-        "coords_sha256": digest({"coords": np.asarray(patches.coords, np.int64)}),
+        "coords_sha256": coords_digest(patches.coords),
         "slide": dict(slide),
     }
 
@@ -95,24 +97,39 @@ def inspect_features(feat_dir: Path, slide_id: str, parameters: Mapping[str, Any
 
 
 def write_features(feat_dir: Path, done: EncodedSlide, *, parameters: Mapping[str, Any],
-                   mpp_um: float | None, footprint_px_l0: tuple[int, int]) -> None:
+                   mpp_um: float | None, footprint_px_l0: tuple[int, int],
+                   descent: Descent | None = None) -> None:
     """Write both files of one slide, each whole or not at all, the h5 first.
 
     Patches that were left out are in ``dropped_coords`` (k, 2), level-0 px, and their number is
     among the parameters. mpp_um: um per px of a patch as it is encoded before any enlarging.
-    Raises OSError (no space, folder gone).
+    A finer level keeps every row, for the children of row p are found by their row numbers: what
+    was left out has zeros and is not ``valid``. Raises OSError (no space, folder gone).
     """
     slide_id, coords = done.patches.slide_id, done.patches.coords
-    arrays = {"features": done.features, "coords": coords[done.rows].astype(np.int32)}
-    record = dict(parameters)
+    record, root = dict(parameters), {}
+    if descent is None:
+        arrays = {"features": done.features, "coords": coords[done.rows].astype(np.int32)}
+    else:
+        arrays = _all_rows(done, descent.valid)
+        root = {"branching": descent.branching, "parent_sha256": descent.parent_sha256}
     if done.unreadable:
         arrays["dropped_coords"] = coords[list(done.unreadable)].astype(np.int32)
         record["dropped"] = len(done.unreadable)
-    write_h5(h5_path(feat_dir, slide_id), arrays, parameters=record, root={
-        "slide_id": slide_id, "encoder": str(parameters["encoder"]["name"]),
+    write_h5(h5_path(feat_dir, slide_id), arrays, parameters=record, chunk_rows=CHUNK_ROWS, root={
+        **root, "slide_id": slide_id, "encoder": str(parameters["encoder"]["name"]),
         "mpp_um": np.nan if mpp_um is None else mpp_um,
         "footprint_px_l0": np.asarray(footprint_px_l0, np.int64)})
-    _write_pt(pt_path(feat_dir, slide_id), done.features)
+    _write_pt(pt_path(feat_dir, slide_id), arrays["features"])
+
+
+def _all_rows(done: EncodedSlide, valid: np.ndarray) -> dict[str, np.ndarray]:
+    features = np.zeros((len(done.patches), done.features.shape[1]), np.float32)
+    features[done.rows] = done.features
+    read = np.zeros(len(features), bool)
+    read[done.rows] = True
+    return {"features": features, "coords": done.patches.coords.astype(np.int32),
+            "valid": valid & read}
 
 
 def mend_pt(feat_dir: Path, slide_id: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 class SlideInfo(NamedTuple):
     """Shape and origin of a slide's features; ``encoder`` and ``patch`` are None for a foreign
-    file."""
+    file, ``located`` says whether there are coordinates."""
 
     rows: int
     width: int
     encoder: dict[str, Any] | None
     patch: dict[str, Any] | None = None  # level and sizes of the patches
+    located: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class StoreCheck:
     rows: patches of each usable slide; width: D; n_bytes: as float32
     encoder: the record that all share, None when unknown
     notes: one line each for the run's summary
+    levels: the same of each finer level, coarse to fine, over the same slides
     """
 
     usable: tuple[str, ...]
@@ -62,6 +64,7 @@ class StoreCheck:
     encoder: dict[str, Any] | None
     n_bytes: int
     notes: tuple[str, ...] = ()
+    levels: tuple[StoreCheck, ...] = ()
 
     def left_out(self) -> dict[str, str]:
         """Slides that a run goes on without, by permission or by nature, with the reason."""
@@ -141,11 +144,12 @@ class FeatureStore:
         return sorted(found - known)
 
     def check(self, slide_ids: Sequence[str], *, embed_dim: int | None = None,
-              allow_missing: bool = False,
-              table_ids: Iterable[str] | None = None) -> StoreCheck:
+              allow_missing: bool = False, table_ids: Iterable[str] | None = None,
+              levels: Sequence[FeatureStore] = ()) -> StoreCheck:
         """Look at every slide's shapes before any work.
 
         table_ids: ids of the whole table when ``slide_ids`` are a part; files beyond are noted.
+        levels: stores of finer levels; a slide is usable when it is so in each.
 
         Missing files are ``Refused`` unless ``allow_missing``; slides of another width than
         ``embed_dim`` (None = that of the first slide), or made by different encoders, always.
@@ -174,13 +178,44 @@ class FeatureStore:
         width = _common_width({slide_id: infos[slide_id] for slide_id in usable}, embed_dim)
         encoder = _common_encoder({slide_id: infos[slide_id] for slide_id in usable})
         empty = [slide_id for slide_id, info in infos.items() if info.rows == 0]
-        return StoreCheck(
+        found = StoreCheck(
             usable=tuple(usable), empty=tuple(empty), missing=tuple(missing), failures=failures,
             rows={slide_id: infos[slide_id].rows for slide_id in usable},
             width=width, encoder=encoder,
             n_bytes=4 * width * sum(infos[slide_id].rows for slide_id in usable),
             notes=_notes(self.root, empty, missing, self.extra(table_ids or slide_ids),
                          infos))
+        for store in levels:
+            found = _with_level(found, store, allow_missing=allow_missing,
+                                table_ids=table_ids or slide_ids)
+        return found
+
+
+def _with_level(above: StoreCheck, store: FeatureStore, *, allow_missing: bool,
+                table_ids: Iterable[str]) -> StoreCheck:
+    """A check narrowed to the slides that a finer level has as well."""
+    finer = store.check(above.usable, embed_dim=above.width, allow_missing=allow_missing,
+                        table_ids=table_ids)
+    if above.encoder is not None and finer.encoder is not None and (
+            canonical(above.encoder) != canonical(finer.encoder)):
+        what = differences(finer.encoder, above.encoder).replace("you ask", "the coarse level has")
+        raise Refused(f"{store.root} was made with another encoder than the coarse level ({what}): "
+                      "extract all levels with one")
+    bare = [slide for slide in finer.usable if not store.info(slide).located]
+    notes = (f"{len(bare)} feature files in {store.root} have no coordinates, so only their "
+             f"numbers of rows are compared with the level above: {listed(bare)}",) if bare else ()
+    kept = frozenset(finer.usable)
+    levels = tuple(_narrowed(level, kept) for level in (*above.levels, finer))
+    return replace(_narrowed(above, kept), levels=levels,
+                   empty=(*above.empty, *finer.empty), missing=(*above.missing, *finer.missing),
+                   failures={**above.failures, **finer.failures},
+                   notes=(*above.notes, *finer.notes, *notes))
+
+
+def _narrowed(check: StoreCheck, kept: frozenset[str]) -> StoreCheck:
+    rows = {slide: number for slide, number in check.rows.items() if slide in kept}
+    return replace(check, usable=tuple(rows), rows=rows,
+                   n_bytes=4 * check.width * sum(rows.values()))
 
 
 def _notes(root: Path, empty: Sequence[str], missing: Sequence[str], extra: Sequence[str],
@@ -246,7 +281,8 @@ def _h5_info(path: Path) -> SlideInfo:
         raise BrokenFile(f"{path} cannot be read ({error}): it is truncated, damaged or no h5 file"
                          ) from None
     rows, width = _checked_shapes(path, shapes)
-    return SlideInfo(rows, width, *(_part_of(parameters, name) for name in ("encoder", "patch")))
+    return SlideInfo(rows, width, _part_of(parameters, "encoder"), _part_of(parameters, "patch"),
+                     located="coords" in shapes)
 
 
 def _part_of(parameters: str | None, name: str) -> dict[str, Any] | None:
@@ -283,7 +319,8 @@ def _read_h5(path: Path, *, verify: bool) -> tuple[torch.Tensor, np.ndarray | No
             None if coords is None else coords.astype(np.int64))
 
 
-def _load_pt(path: Path) -> torch.Tensor:
+def load_pt(path: Path) -> torch.Tensor:
+    """The (N, D) tensor of a pt file, mapped and not yet read; ``BrokenFile`` when it is none."""
     import torch
 
     value = load_torch(path, mmap=zipfile.is_zipfile(path))
@@ -297,14 +334,14 @@ def _load_pt(path: Path) -> torch.Tensor:
 
 
 def _pt_info(path: Path) -> SlideInfo:
-    rows, width = _load_pt(path).shape
+    rows, width = load_pt(path).shape
     return SlideInfo(rows, width, None)
 
 
 def _read_pt(path: Path) -> torch.Tensor:
     import torch
 
-    return _load_pt(path).to(torch.float32, copy=True)  # a copy: the file may change under the map
+    return load_pt(path).to(torch.float32, copy=True)  # a copy: the file may change under the map
 
 
 def _check_finite(features: torch.Tensor, slide_id: str, path: Path) -> None:

@@ -55,6 +55,7 @@ class SlidePatches:
     coords: (N, 2) top-left corners in level-0 px
     patch_size: px of ``patch_level`` to read; output_size: px to shrink to before anything else
     background: RGB of what lies outside the slide
+    level: name of the level in a hierarchy, "" for the coarse or only one
     """
 
     slide_id: str
@@ -65,9 +66,20 @@ class SlidePatches:
     output_size: int
     background: tuple[int, int, int] = (0, 0, 0)
     backend: Backend = "auto"
+    level: str = ""
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    @property
+    def name(self) -> str:
+        """The slide and its level, as in reports."""
+        return item_name(self.slide_id, self.level)
+
+
+def item_name(slide_id: str, level: str) -> str:
+    """``slide``, or ``slide [level_1]`` for a finer level."""
+    return f"{slide_id} [{level}]" if level else slide_id
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,11 @@ import torch
 
 from tests.slides import tissue_image, write_pyramid
 from utils.errors import Refused
+from utils.report import Status
 from utils.resize import resize_shorter_side
 from wsi_core.coords import PatchCoords, write_coords
+from wsi_core.deriving import DerivePlan, derive_slide
+from wsi_core.hierarchy import Child
 
 PATCH_PX = 64
 
@@ -92,6 +95,23 @@ def write_patches(folder: Path, slide_id: str, coords: np.ndarray, *, patch_px: 
         step_px_l0=(patch_px * scale, patch_px * scale), mpp_um=0.5,
         parameters={"patch_size": patch_px}))
     return path
+
+
+CHILDREN = (Child(level=1), Child(level=0))
+
+
+def make_levels(root: Path, counts: Sequence[int] = (3, 0, 2)) -> Inputs:
+    """As ``make_inputs`` at level 2 with patches of 32 px, and levels 1 and 0 that tile them."""
+    inputs = make_inputs(root, counts)
+    plan = DerivePlan(save_dir=inputs.patches_root, children=CHILDREN)
+    for child in CHILDREN:
+        (plan.folder(child) / "patches").mkdir(parents=True)
+    for number, count in enumerate(counts):
+        write_patches(inputs.patches_root, f"slide_{number}", grid_coords(count, columns=1, step=160),
+                      patch_px=32, level=2)
+        rows = derive_slide(inputs.slides / f"slide_{number}.tif", plan=plan)
+        assert {row.status for row in rows} <= {Status.DONE, Status.EMPTY}
+    return inputs
 
 
 def make_inputs(root: Path, counts: Sequence[int] = (20, 0, 13)) -> Inputs:

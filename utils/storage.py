@@ -271,19 +271,20 @@ def write_h5(
     parameters: Mapping[str, Any],
     attrs: Mapping[str, Mapping[str, Any]] | None = None,
     root: Mapping[str, Any] | None = None,
-    chunk_rows: int = 8192,
+    chunk_rows: Mapping[str, int] | None = None,
 ) -> None:
     """Write arrays with a commit record, whole or not at all.
 
     ``attrs`` maps an array's name to attributes of that data set; ``parameters`` is what
-    ``h5_state`` compares later. First axes are resizable (as CLAM's), checksummed by chunk.
+    ``h5_state`` compares later. First axes are resizable (as CLAM's), checksummed by chunk of
+    8192 rows, or as many as ``chunk_rows`` says for an array.
     """
     import h5py
 
     image = BytesIO()
     with h5py.File(image, "w") as file:
         for name, array in arrays.items():
-            rows = max(1, min(chunk_rows, len(array)))
+            rows = max(1, min((chunk_rows or {}).get(name, 8192), len(array)))
             data = file.create_dataset(
                 name, data=array, maxshape=(None, *array.shape[1:]),
                 chunks=(rows, *array.shape[1:]), fletcher32=array.size > 0)

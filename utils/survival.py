@@ -128,8 +128,11 @@ def concordance(risks: np.ndarray, times: np.ndarray, events: np.ndarray) -> Con
     counts: tuple[Any, ...] = (float("nan"), 0, 0, 0, 0)
     if not reason:
         try:
-            counts = concordance_index_censored(seen, times, risks, tied_tol=TIED_RISK)
+            with np.errstate(invalid="ignore"):  # 0 / 0 where all pairs are tied in time
+                counts = concordance_index_censored(seen, times, risks, tied_tol=TIED_RISK)
         except NoComparablePairException:
+            pass
+        if np.isnan(counts[0]):
             reason = "no two slides can be compared"
     return Concordance(c_index=float(counts[0]), concordant=int(counts[1]),
                        discordant=int(counts[2]), tied_risk=int(counts[3]),

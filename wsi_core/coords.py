@@ -1,23 +1,50 @@
 """The coordinates h5 of a slide: ``patches/<slide>.h5``, written here, read by every later stage.
 
 Data set ``coords`` (N, 2) int64 level-0 px with CLAM's attributes, so CLAM reads our files; data
-sets ``contour_points``, ``contour_ends``, ``contour_parents`` hold the tissue outlines; the rest
-is in attributes of the root. CLAM's own files are read as well.
+sets ``contour_points``, ``contour_ends``, ``contour_parents`` hold the tissue outlines; those of a
+finer level of a hierarchy have ``parent_index`` and ``valid``; the rest is in attributes of the
+root. CLAM's own files are read as well.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.errors import BrokenFile
-from utils.storage import H5Data, read_h5, write_h5
+from utils.storage import RECORD_PARAMETERS, H5Data, digest, read_h5, write_h5
 from wsi_core.tissue import Tissue
 
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """How the rows of a finer level come from those of the level above.
+
+    ratio: r; every parent is tiled by r x r children, row p by the rows p * r * r ...
+    valid: (N,) bool, False for a child that lies wholly outside the slide
+    parent_sha256: ``coords_digest`` of the level above
+    """
+
+    ratio: int
+    valid: np.ndarray
+    parent_sha256: str
+
+    @property
+    def branching(self) -> int:
+        """Children of a parent."""
+        return self.ratio**2
+
+    @property
+    def parent_index(self) -> np.ndarray:
+        """(N,) int64 row of each child's parent."""
+        return np.arange(len(self.valid), dtype=np.int64) // self.branching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +53,16 @@ class PatchCoords:
 
     slide_id: the slide's file name without its last extension
     coords: (N, 2) int64, x, y of the top-left corners in level-0 px; N may be 0
-    patch_size: px of ``patch_level`` to READ; output_size: px after resizing (smaller than
-        ``patch_size`` only with ``--custom_downsample``)
+    patch_size: px of ``patch_level`` to READ; output_size: px after resizing (another than
+        ``patch_size`` only with ``--custom_downsample`` and ``--child_mpp``)
     level_downsample: (x, y) of ``patch_level``; level_size, slide_size: (w, h) of that level and
         of level 0
     footprint_px_l0, step_px_l0: (x, y) side of a patch and step of the grid in level-0 px
     mpp_um: um per px of the output patch; slide_mpp_um: (x, y) of level 0; None when unknown
     background: RGB for what lies outside the slide, see ``Slide.read_region``
     parameters: everything that determined the coordinates; empty for CLAM's files
-    tissue: outlines in level-0 px; None for CLAM's files
+    tissue: outlines in level-0 px; None for CLAM's files and finer levels
+    descent: None but for the finer levels of a hierarchy
     """
 
     slide_id: str
@@ -52,9 +80,15 @@ class PatchCoords:
     background: tuple[int, int, int] = (0, 0, 0)
     parameters: dict[str, Any] = field(default_factory=dict)
     tissue: Tissue | None = None
+    descent: Descent | None = None
 
     def __len__(self) -> int:
         return len(self.coords)
+
+
+def coords_digest(coords: np.ndarray) -> str:
+    """sha256 of (N, 2) coordinates; what features and finer levels remember of their origin."""
+    return digest({"coords": np.asarray(coords, np.int64)})
 
 
 def write_coords(path: Path, patches: PatchCoords, *, save_path: str | None = None) -> None:
@@ -70,7 +104,7 @@ def write_coords(path: Path, patches: PatchCoords, *, save_path: str | None = No
         "name": patches.slide_id,
         "save_path": str(path.parent) if save_path is None else save_path,
     }
-    root = {
+    root: dict[str, Any] = {
         "output_size": patches.output_size,
         "slide_size": np.asarray(patches.slide_size, np.int64),
         "footprint_px_l0": np.asarray(patches.footprint_px_l0, np.int64),
@@ -82,7 +116,22 @@ def write_coords(path: Path, patches: PatchCoords, *, save_path: str | None = No
     arrays = {"coords": np.asarray(patches.coords, np.int64).reshape(-1, 2)}
     if patches.tissue is not None:
         arrays.update(_pack_tissue(patches.tissue))
+    if patches.descent is not None:
+        arrays.update(parent_index=patches.descent.parent_index, valid=patches.descent.valid)
+        root.update(branching=patches.descent.branching,
+                    parent_sha256=patches.descent.parent_sha256)
     write_h5(path, arrays, parameters=patches.parameters, attrs={"coords": clam}, root=root)
+
+
+def recorded_parameters(path: Path) -> dict[str, Any]:
+    """What a file of ours says determined its coordinates, nothing else read; {} for any other."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return dict(json.loads(file.attrs.get(RECORD_PARAMETERS, "{}")))
+    except (OSError, RuntimeError, KeyError, ValueError):
+        return {}
 
 
 def read_coords(path: Path) -> PatchCoords:
@@ -105,7 +154,7 @@ def read_coords(path: Path) -> PatchCoords:
                          "patch_size and patch_level")
     try:
         return _from_h5(path, data)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, KeyError) as error:
         raise BrokenFile(f"{path} has attributes that make no sense ({error})") from None
 
 
@@ -136,6 +185,9 @@ def _from_h5(path: Path, data: H5Data) -> PatchCoords:
         background=(red, green, blue),
         parameters=data.parameters or {},
         tissue=_unpack_tissue(data.arrays),
+        descent=None if "branching" not in root else Descent(
+            ratio=isqrt(int(root["branching"])), valid=data.arrays["valid"].astype(bool),
+            parent_sha256=str(root["parent_sha256"])),
     )
 
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import Refused
+from utils.report import Row, Status
 from utils.storage import read_table, safe_id, write_text
 from wsi_core.presets import PARAMETER_NAMES, PatchingParameters, format_cell, parse_parameters
 from wsi_core.tissue import UNIT_AREA_PX_L0
 
+AUTOGEN = "process_list_autogen.csv"
 TO_BE_PROCESSED = "tbp"
+LIST_STATUS = {Status.DONE: "processed", Status.SKIPPED: "already_exist", Status.EMPTY: "no_tissue",
+               Status.FAILED: "failed", Status.BUSY: TO_BE_PROCESSED}
 LISTED_PARAMETERS = tuple(name for name in PARAMETER_NAMES
                           if name not in ("white_thresh", "black_thresh"))
 CANONICAL_COLUMNS = ("slide_id", "process", "status", *LISTED_PARAMETERS)
@@ -34,6 +38,21 @@ class ProcessList:
 
     columns: list[str]
     rows: dict[str, Cells]
+
+    def settle(self, name: str, row: Row) -> None:
+        """Write a slide's end into its cells; what failed or is held is to be tried again."""
+        cells = self.rows[name]
+        cells["status"] = LIST_STATUS[row.status]
+        if row.status not in (Status.FAILED, Status.BUSY):
+            cells["process"] = "0"
+        cells["reason"] = row.reason
+        cells.update({key: str(value) for key, value in row.numbers.items()})
+
+    def copy(self, reason: str) -> ProcessList:
+        """A list of the same slides with nothing done, for ``reason``."""
+        fresh = {"process": "1", "status": TO_BE_PROCESSED, "n_patches": "", "reason": reason}
+        return ProcessList(list(self.columns),
+                           {name: {**cells, **fresh} for name, cells in self.rows.items()})
 
     def save(self, path: Path) -> None:
         """Write the csv, whole or not at all."""

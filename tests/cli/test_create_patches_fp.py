@@ -476,3 +476,95 @@ def test_wrong_files_fail_alone(slide_folder: Path, tmp_path: Path, out: Path) -
     assert [table[name]["status"] for name in sorted(table)] == ["failed", "failed", "processed"]
     assert "not a slide" in table["notes.txt"]["reason"]
     assert "0 bytes" in table["empty.svs"]["reason"]
+
+
+# ---------------------------------------------------------------------------- finer levels
+
+def finer(out: Path, name: str) -> Path:
+    return out.with_name(f"out_{name}_corresponding")
+
+
+def test_child_levels_of_two_pyramids(tmp_path: Path, run_script: Script) -> None:
+    """1-2-4 and 1-4-16 in one run: the real ratios, coordinates that tile, a list each level."""
+    source, out = tmp_path / "slides", tmp_path / "out_level_2"
+    source.mkdir()
+    write_pyramid(source / "halves.tif", tissue_image(2048, 1536, seed=0), downsamples=(1, 2, 4))
+    write_pyramid(source / "quarters.tif", tissue_image(2048, 1536, seed=0),
+                  downsamples=(1, 4, 16))
+    command = ("create_patches_fp.py", "--source", source, "--save_dir", out, "--seg", "--patch",
+               "--patch_level", 2, "--patch_size", 32, "--step_size", 32, *BIOPSY,
+               "--child_levels", 1, 0, "--workers", 2)
+    done = run_script(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for slide, ratios in (("halves", (2, 2)), ("quarters", (4, 4))):
+        parent = coords(out, slide)
+        for name, ratio in zip(("level_1", "level_0"), ratios, strict=True):
+            fine = coords(finer(out, name), slide)
+            assert fine.descent is not None and fine.descent.ratio == ratio
+            assert len(fine) == len(parent) * ratio**2 > 0
+            assert fine.patch_size == fine.output_size == 32 and fine.mpp_um is not None
+            assert np.array_equal(fine.coords[::ratio**2], parent.coords)
+            assert fine.footprint_px_l0[0] * ratio == parent.footprint_px_l0[0]
+            table = rows(finer(out, name))[f"{slide}.tif"]
+            assert (table["process"], table["status"]) == ("0", "processed")
+            assert int(table["n_patches"]) == len(fine)
+            parent = fine
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*/patches/*")}
+    assert len(before) == 6
+    assert create_patches_fp.main([*map(str, command[1:-2])]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {row["status"] for row in rows(out, "report_patches.csv").values()} == {"already done"}
+    report = rows(out, "report_patches.csv")
+    assert set(report) == {f"{slide}.tif{level}" for level in ("", " [level_1]", " [level_0]")
+                           for slide in ("halves", "quarters")}
+
+
+def test_child_levels_of_a_finished_run_and_redone(one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ("--patch_level", 2, "--patch_size", 64, "--step_size", 64)
+    assert patch(one, out, *flags) == 0 and not finer(out, "level_0").exists()
+    assert patch(one, out, *flags, "--child_levels", 0) == 0
+    assert len(coords(finer(out, "level_0"))) == 16 * len(coords(out))
+    with pytest.raises(Refused, match="output_size: file has 64, you ask 32"):
+        patch(one, tmp_path / "out_level_1", "--patch_level", 1, "--patch_size", 32,
+              "--step_size", 32, "--child_levels", 0)  # whose finer level has the same folder
+    assert patch(one, out, *flags[:3], 128, "--step_size", 128, "--child_levels", 0,
+                 "--no_auto_skip") == 0
+    assert coords(finer(out, "level_0")).patch_size == 128
+
+
+def test_child_mpp_reads_and_resizes(one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert patch(one, out, "--patch_level", 2, "--patch_size", 60, "--step_size", 60,
+                 "--child_mpp", 0.667) == 0  # 2 um a px over 3
+    fine = coords(finer(out, "mpp_0.667"))
+    assert (fine.patch_level, fine.patch_size, fine.output_size) == (0, 80, 60)
+    assert fine.mpp_um == pytest.approx(2 / 3) and len(fine) == 9 * len(coords(out))
+
+
+def test_a_slide_without_the_level_fails_alone(slide_folder: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "s", tmp_path / "out"
+    source.mkdir()
+    os.link(slide_folder / "slide_0.tif", source / "good.tif")
+    write_pyramid(source / "odd.tif", tissue_image(2048, 1536, seed=0), downsamples=(1, 2.6, 4))
+    assert patch(source, out, "--patch_level", 2, "--child_levels", 1, 0) == 3
+    report = rows(out, "report_patches.csv")
+    assert {item: row["status"] for item, row in report.items()} == {
+        "good.tif": "done", "odd.tif": "done", "good.tif [level_1]": "done",
+        "good.tif [level_0]": "done", "odd.tif [level_1]": "failed", "odd.tif [level_0]": "failed"}
+    assert "choose other --child_levels" in report["odd.tif [level_1]"]["reason"]
+    assert rows(finer(out, "level_1"))["odd.tif"]["status"] == "failed"
+    assert len(coords(finer(out, "level_0"), "good")) == 16 * len(coords(out, "good"))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--seg", "--child_levels", 0), "give --seg --patch as well"),
+    (("--seg", "--patch", "--child_levels", 1), "not finer than --patch_level 0"),
+    (("--seg", "--patch", "--patch_level", 2, "--child_levels", 0, 1), "coarse to fine"),
+    (("--seg", "--patch", "--child_levels", 0, "--patch_level", 1, "--child_mpp", 1),
+     "in two ways")])
+def test_finer_levels_that_are_refused(flags: tuple[object, ...], words: str, one: Path, out: Path
+                                       ) -> None:
+    with pytest.raises(Refused, match=words):
+        run(one, out, *flags)
+    assert not out.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,8 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.feature_inputs import Inputs, grid_coords, make_inputs, save_network, write_patches
+import datasets.extraction
+import extract_features_fp
+from tests.feature_inputs import (
+    Inputs,
+    grid_coords,
+    make_inputs,
+    make_levels,
+    save_network,
+    write_patches,
+)
 from tests.slides import tissue_image, write_pyramid
+from utils.errors import Refused
 from utils.storage import read_h5
 
 Run = Callable[..., CompletedProcess[str]]
@@ -57,8 +68,6 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def copy(folder: Path, target: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(folder, target))
 
 
@@ -130,9 +139,6 @@ def test_flags_that_change_the_way_not_the_result(
 def test_flags_reach_the_work(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                               ) -> None:
     """Those that leave the features as they are; what comes of them: test_datasets_extraction."""
-    import datasets.extraction
-    import extract_features_fp
-
     def plan(*flags: object) -> tuple[Any, Any]:
         seen: list[Any] = []
         monkeypatch.setattr(datasets.extraction, "extract",
@@ -246,6 +252,54 @@ def test_a_yaml_replaces_defaults(inputs: Inputs, finished: Path, tmp_path: Path
     at = arguments.index("--target_patch_size")
     run = run_script(SCRIPT, *arguments[:at], "--config", config)
     assert run.returncode == 2 and "you ask 32" in run.stderr
+
+
+# ---------------------------------------------------------------------------- finer levels
+
+def test_child_levels_in_one_run(tmp_path: Path, run_script: Run) -> None:
+    """Levels 2, 1, 0 into sibling folders; a level alone; going on; other settings refused."""
+    inputs = make_levels(tmp_path / "cohort")
+    feat_dir = tmp_path / "feats_level_2"
+    run = run_script(SCRIPT, *inputs.arguments(feat_dir), "--child_levels", 1, 0)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = rows(feat_dir)
+    assert list(report) == [f"slide_{number}{level}" for level in ("", " [level_1]", " [level_0]")
+                            for number in range(3)]
+    assert [row["status"] for row in report.values()] == ["done", "empty", "done"] * 3
+    assert report["slide_0 [level_0]"]["n_patches"] == "48"
+    for name, count in (("level_1", 12), ("level_0", 48)):
+        folder = tmp_path / f"feats_{name}_corresponding"
+        assert features(folder, "slide_0").shape == (count, 1280)
+        assert torch.load(folder / "pt_files/slide_0.pt", weights_only=True).shape == (count, 1280)
+        with h5py.File(folder / "h5_files/slide_0.h5") as file:
+            assert file.attrs["branching"] == 4 and file["valid"][()].all()
+    shutil.copy(inputs.csv, tmp_path / "cohort/out_level_0_corresponding")
+    alone = ["--data_h5_dir", str(tmp_path / "cohort/out_level_0_corresponding"),
+             "--data_slide_dir", str(inputs.slides), "--slide_ext", "tif",
+             "--feat_dir", str(folder), *inputs.arguments(folder)[-4:]]
+    assert extract_features_fp.main(alone) == 0  # a plain run on a derived folder wants the same
+    assert [row["status"] for row in rows(folder).values()] == ["already done", "empty",
+                                                                "already done"]
+    again = [*inputs.arguments(feat_dir), "--child_levels", "1"]
+    assert extract_features_fp.main(again) == 0 and len(rows(feat_dir)) == 6
+    with pytest.raises(Refused, match="feats_level_0_corresponding holds other features"):
+        extract_features_fp.main([*inputs.arguments(tmp_path / "feats"), "--child_levels", "0",
+                                  "--precision", "bf16"])
+
+
+def test_child_mpp_and_missing_levels(inputs: Inputs, tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match="with --child_mpp 0.25"):
+        extract_features_fp.main([*inputs.arguments(tmp_path), "--child_mpp", "0.25"])
+    shutil.copytree(inputs.patches_root, tmp_path / "out")
+    shutil.copytree(inputs.patches_root, tmp_path / "out_mpp_0.25_corresponding")
+    seen: list[Any] = []
+    monkeypatch.setattr(datasets.extraction, "extract", lambda *given: seen.extend(given) or [])
+    moved = Inputs(inputs.slides, tmp_path / "out", inputs.csv)
+    assert extract_features_fp.main([*moved.arguments(tmp_path / "f"), "--child_mpp", "0.25"]) == 3
+    (shard,) = seen[0]  # these "children" are copies of their parents, so they are no children
+    assert {work.patches.level for work in shard.works} == {""}
+    assert "does not come from" in rows(tmp_path / "f")["slide_0 [mpp_0.25]"]["reason"]
 
 
 # ---------------------------------------------------------------------------- refusals

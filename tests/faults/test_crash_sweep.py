@@ -77,7 +77,10 @@ def patching(slides: Path, out: Path) -> list[str]:
 
 
 def test_patching(slides: Path, tmp_path: Path) -> None:
-    sweep(patching(slides, tmp_path / "out"), tmp_path / "out", tmp_path)
+    """The coarse grid and a finer level in the folder beside it."""
+    sweep([*patching(slides, tmp_path / "out" / "grid_level_1"), "--patch_level", "1",
+           "--patch_size", "64", "--step_size", "64", "--child_levels", "0"],
+          tmp_path / "out", tmp_path)
 
 
 def test_extraction(slides: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ import eval as script
 from tests.html_pages import read
 from tests.trained import Cohort, make_cohort, spec_of, write_features, write_model
 from utils.errors import Refused
+from utils.objectives import TaskType
+from utils.storage import read_h5
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -307,6 +309,65 @@ def test_no_slides_to_evaluate(cohort: Cohort) -> None:
     write_split(cohort, of_class(cohort, 1))
     with pytest.raises(Refused, match="no val slides"):
         evaluate(cohort, split="val")
+
+
+# ---------------------------------------------------------------- other tasks, other levels
+
+@pytest.mark.parametrize("task_type", ["multilabel", "regression", "survival"])
+def test_bad_bags_of_every_task(tmp_path: Path, task_type: TaskType) -> None:
+    """Every slide of a fold fails: no figure, no picture, and a reason; of one: the others go on.
+    """
+    cohort = make_cohort(tmp_path / "cohort", task_type=task_type)
+    slides = slides_of(cohort)
+    for slide in slides:
+        write_features(cohort.features / f"{slide}.h5", np.full((3, 12), np.nan, np.float32))
+    assert script.main(cohort.flags()) == 3
+    found = outcome(cohort)
+    assert found["folds"]["0"]["slides"] == 0 and set(slides) <= set(found["failed"])
+    assert {item["reason"] for item in found["folds"]["0"]["metrics"].values()} == {
+        "no slide was evaluated"}
+    assert found["folds"]["1"]["slides"] > 0 and found["pooled"]["slides"] > 0
+    page = (cohort.root / "eval_results" / "EVAL_e" / "report.html").read_text(encoding="utf-8")
+    assert "is not finite" in "".join(read(page).text)
+    assert script.main(cohort.flags(k=1, overwrite=True)) == 3  # nothing at all to show
+    assert not list((cohort.root / "eval_results" / "EVAL_e" / "plots").glob("*"))
+
+
+def test_survival_without_events(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path / "cohort", task_type="survival", folds=1)
+    table, tested = cohort.root / "cohort.csv", slides_of(cohort)
+    rows = list(csv.DictReader(table.open()))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "death": int(row["slide_id"] not in tested)} for row in rows)
+    assert script.main(cohort.flags(k=1)) == 0
+    found = outcome(cohort)["folds"]["0"]
+    assert found["metrics"]["c_index"]["reason"] == "no slide has an event"
+    assert found["log_rank"]["p_value"] is None
+    folder = cohort.root / "eval_results" / "EVAL_e"
+    assert next(csv.DictReader((folder / "summary.csv").open()))["test_c_index"] == ""
+    text = "".join(read((folder / "report.html").read_text(encoding="utf-8")).text)
+    assert "C-index is not defined (no slide has an event)" in text
+    assert (folder / "plots" / "kaplan_meier.png").stat().st_size > 1000
+
+
+def test_levels_that_do_not_correspond_fail_alone(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path / "cohort", folds=1)
+    spec = spec_of(model_type="hag_mil", n_levels=2, options={"hidden_dims": (16, 8)})
+    write_model(cohort.models, 0, spec, child_levels=[0])
+    good, *_ = slides = slides_of(cohort)
+    with pytest.raises(Refused, match="folder .*features_level_0_corresponding .* does not exist"):
+        evaluate(cohort)
+    finer = cohort.root / "features_level_0_corresponding" / "pt_files"
+    finer.mkdir(parents=True)
+    for slide in slides:
+        rows = len(read_h5(cohort.features / f"{slide}.h5").arrays["features"])
+        torch.save(torch.ones(rows * (4 if slide == good else 3), 12), finer / f"{slide}.pt")
+    assert evaluate(cohort) == 3
+    found = outcome(cohort)
+    assert found["folds"]["0"]["slides"] == 1 and set(found["failed"]) == set(slides[1:])
+    assert "expected for the" in found["failed"][slides[1]]
 
 
 # ---------------------------------------------------------------- names (B13 C7), folders (A9)

@@ -129,3 +129,23 @@ def test_split_folder_by_name_or_path(root: Path) -> None:
     assert find_split_folder(root, str(found), task=task_of(root)) == found
     with pytest.raises(Refused, match="create_splits_seq.py --task cohort"):
         find_split_folder(root / "splits", "cohort_50", task=task_of(root))
+
+
+def test_finer_levels_are_checked_counted_and_in_the_bags(root: Path) -> None:
+    """Here of pt files, in the folder beside that of the coarse features."""
+    finer = root / "features_level_0_corresponding" / "pt_files"
+    finer.mkdir(parents=True)
+    for number in range(24):
+        torch.save(torch.ones(4 * 20, WIDTH), finer / f"slide_{number:02}.pt")
+    cohort = load(root, child_levels=(0,))
+    assert [len(level) for level in cohort.parts(0)["train"][0].children] == [80]
+    assert cohort.facts(0)["n_patches_of_levels"] == [24 * 80]
+    assert load(root, child_dirs=(finer.parent,)).facts(0) == cohort.facts(0)
+    assert "n_patches_of_levels" not in load(root).facts(0)
+    torch.save(torch.ones(4 * 20 + 4, WIDTH), finer / "slide_07.pt")
+    assert load(root, child_levels=(0,)).facts(0) != cohort.facts(0)
+    (finer / "slide_08.pt").write_bytes(b"no torch file")
+    (row,) = load(root, child_levels=(0,)).left_out
+    assert (row.item, row.status) == ("slide_08", Status.FAILED)
+    with pytest.raises(Refused, match="--child_levels or --child_mpp"):
+        load(root, child_levels=(1,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import datasets.extraction
+import datasets.patches
 from datasets.extraction import (
     Extraction,
     Shard,
@@ -20,6 +22,7 @@ from datasets.extraction import (
     extract,
     share_out,
 )
+from datasets.extraction_plan import list_levels, plan_works
 from datasets.feature_files import (
     feature_parameters,
     inspect_features,
@@ -28,12 +31,22 @@ from datasets.feature_files import (
     pt_path,
 )
 from datasets.patches import SlidePatches
-from tests.feature_inputs import Inputs, MeanColour, load_mean_colour, make_inputs
-from utils.errors import Refused
+from tests.feature_inputs import (
+    CHILDREN,
+    Inputs,
+    MeanColour,
+    grid_coords,
+    load_mean_colour,
+    make_inputs,
+    make_levels,
+    write_patches,
+)
+from utils.errors import Refused, SlideError
 from utils.locks import claim
-from utils.report import Row, Status
+from utils.report import Row, RunReport, Status
 from utils.storage import State, read_h5
 from wsi_core.coords import read_coords
+from wsi_core.hierarchy import Child, level_folder
 from wsi_core.slide import fingerprint
 
 ENCODER = {"name": "mean", "weights_sha256": "0" * 64, "precision": "fp32"}
@@ -51,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def works(inputs: Inputs, **changes: Any) -> list[Work]:
+def works(inputs: Inputs, folder: Path, **changes: Any) -> list[Work]:
     found = []
     for number in range(3):
         slide_id, path = f"slide_{number}", inputs.slides / f"slide_{number}.tif"
@@ -59,15 +72,15 @@ def works(inputs: Inputs, **changes: Any) -> list[Work]:
         found.append(Work(
             patches=SlidePatches(slide_id=slide_id, slide_path=path, coords=coords.coords,
                                  patch_level=0, patch_size=64, output_size=64),
-            parameters=feature_parameters(coords, encoder={**ENCODER, **changes},
+            feat_dir=folder, parameters=feature_parameters(coords, encoder={**ENCODER, **changes},
                                           slide=fingerprint(path)),
             mpp_um=0.5, footprint_px_l0=(64, 64)))
     return found
 
 
-def extraction(folder: Path, **changes: Any) -> Extraction:
+def extraction(**changes: Any) -> Extraction:
     settings: dict[str, Any] = {
-        "feat_dir": folder, "load": lambda device: MeanColour(), "batch_size": 8, "workers": 1,
+        "load": lambda device: MeanColour(), "batch_size": 8, "workers": 1,
         "bad_tiles": "fail", "redo": False, **changes}
     return Extraction(**settings)
 
@@ -83,8 +96,8 @@ def statuses(rows: dict[str, Row]) -> list[Status]:
 
 
 def test_every_slide_has_its_files_and_its_row(inputs: Inputs, folder: Path) -> None:
-    todo = works(inputs)
-    rows = run(todo, extraction(folder))
+    todo = works(inputs, folder)
+    rows = run(todo, extraction())
     assert statuses(rows) == [Status.DONE, Status.EMPTY, Status.DONE]
     for work in todo:
         finding = inspect_features(folder, work.slide_id, work.parameters, allow_dropped=False)
@@ -95,15 +108,15 @@ def test_every_slide_has_its_files_and_its_row(inputs: Inputs, folder: Path) -> 
 
 def test_what_another_process_finished_is_skipped_unless_redone(inputs: Inputs, folder: Path
                                                                 ) -> None:
-    run(works(inputs), extraction(folder))
-    again = run(works(inputs), extraction(folder))
+    run(works(inputs, folder), extraction())
+    again = run(works(inputs, folder), extraction())
     assert set(statuses(again)) == {Status.SKIPPED}
-    assert statuses(run(works(inputs), extraction(folder, redo=True)))[0] is Status.DONE
+    assert statuses(run(works(inputs, folder), extraction(redo=True)))[0] is Status.DONE
 
 
 def test_a_held_slide_is_busy(inputs: Inputs, folder: Path) -> None:
     with claim(folder / "h5_files" / "slide_2.h5"):
-        rows = run(works(inputs), extraction(folder))
+        rows = run(works(inputs, folder), extraction())
     assert rows["slide_2"].status is Status.BUSY
     assert not pt_path(folder, "slide_2").exists()
 
@@ -113,7 +126,7 @@ def test_a_slide_that_cannot_fit_is_not_begun(inputs: Inputs, folder: Path,
     """A8"""
     free = needed_bytes(15, MeanColour.dim)  # enough for 13 patches, not for 20
     monkeypatch.setattr(datasets.extraction, "free_bytes", lambda path: free)
-    rows = run(works(inputs), extraction(folder))
+    rows = run(works(inputs, folder), extraction())
     assert statuses(rows) == [Status.FAILED, Status.EMPTY, Status.DONE]
     assert "no space" in rows["slide_0"].reason and "needs" in rows["slide_0"].reason
 
@@ -121,10 +134,10 @@ def test_a_slide_that_cannot_fit_is_not_begun(inputs: Inputs, folder: Path,
 def test_a_slide_replaced_meanwhile_fails(inputs: Inputs, folder: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """B16"""
-    todo = works(inputs)
+    todo = works(inputs, folder)
     monkeypatch.setattr(datasets.extraction, "fingerprint",
                         lambda path: {"slide_bytes": 1, "slide_name": path.name})
-    rows = run(todo, extraction(folder))
+    rows = run(todo, extraction())
     assert "was replaced while it was read" in rows["slide_0"].reason
     assert not list(folder.glob("h5_files/*.h5"))
 
@@ -144,10 +157,10 @@ def test_settings_reach_the_encoder(inputs: Inputs, folder: Path,
         return encoder
 
     monkeypatch.setattr(datasets.extraction, "encode_slides", spy)
-    run(works(inputs), extraction(folder, load=load, batch_size=11, workers=3))
+    run(works(inputs, folder), extraction(load=load, batch_size=11, workers=3))
     assert encoder.batches == [11, 11, 11]
     assert seen["device"] == "cpu" and seen["workers"] == 3
-    run(works(inputs), extraction(folder, load=load, workers=None, redo=True))
+    run(works(inputs, folder), extraction(load=load, workers=None, redo=True))
     assert seen["workers"] == 2
 
 
@@ -155,8 +168,8 @@ def test_an_encoder_that_is_refused_is_the_answer(inputs: Inputs, folder: Path) 
     def load(device: str) -> MeanColour:
         raise Refused("no such device")
 
-    result = _extract_shard(Shard(tuple(works(inputs)), "cuda"),
-                            extraction=extraction(folder, load=load))
+    result = _extract_shard(Shard(tuple(works(inputs, folder)), "cuda"),
+                            extraction=extraction(load=load))
     assert result.refused == "no such device" and result.rows == []
 
 
@@ -166,20 +179,113 @@ def test_features_that_are_not_finite_are_not_written(inputs: Inputs, folder: Pa
         def launch(self, batch: np.ndarray) -> torch.Tensor:
             return super().launch(batch) * torch.nan
 
-    rows = run(works(inputs), extraction(folder, load=lambda device: Nan()))
+    rows = run(works(inputs, folder), extraction(load=lambda device: Nan()))
     assert statuses(rows) == [Status.FAILED, Status.EMPTY, Status.FAILED]
     assert "not finite" in rows["slide_0"].reason
     assert [path.stem for path in folder.glob("h5_files/*.h5")] == ["slide_1"]
 
 
+# ---------------------------------------------------------------------------- levels
+
+@pytest.fixture(scope="module")
+def leveled(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_levels(tmp_path_factory.mktemp("leveled") / "cohort")
+
+
+def plan(leveled: Inputs, feat_dir: Path, report: RunReport | None = None, *,
+         children: Sequence[Child] = CHILDREN, allow_dropped: bool = False) -> list[Work]:
+    levels = list_levels(leveled.patches_root, feat_dir, children)
+    for level in levels:
+        for name in ("h5_files", "pt_files"):
+            (level.feat_dir / name).mkdir(parents=True, exist_ok=True)
+    slides = {f"slide_{number}": leveled.slides / f"slide_{number}.tif" for number in range(3)}
+    return plan_works(slides, levels, report or RunReport("features"), encoder=ENCODER,
+                      backend="auto", redo=False, allow_dropped=allow_dropped)
+
+
+def test_all_levels_in_one_go_equal_each_alone(leveled: Inputs, tmp_path: Path) -> None:
+    """One encoder, every level; a derived folder by itself gives the same files."""
+    loads: list[str] = []
+
+    def load(device: str) -> MeanColour:
+        loads.append(device)
+        return MeanColour()
+
+    rows = run(plan(leveled, tmp_path / "f_level_2"), extraction(load=load))
+    assert loads == ["cpu"] and len(rows) == 9
+    assert {name: row.numbers["n_patches"] for name, row in rows.items() if "2" in name[:8]} == {
+        "slide_2": 2, "slide_2 [level_1]": 8, "slide_2 [level_0]": 32}
+    for child in CHILDREN:
+        alone = tmp_path / "alone" / child.name
+        derived = Inputs(leveled.slides, level_folder(leveled.patches_root, child), leveled.csv)
+        run(plan(derived, alone, children=()), extraction())
+        together = tmp_path / f"f_{child.name}_corresponding"
+        for number in range(3):
+            first, second = (read_h5(folder / "h5_files" / f"slide_{number}.h5")
+                             for folder in (alone, together))
+            assert first.parameters == second.parameters
+            assert {*first.arrays} == {"features", "coords", "valid"}
+            for name, array in first.arrays.items():
+                np.testing.assert_array_equal(array, second.arrays[name])
+            assert second.root["branching"] == 4 and len(second.root["parent_sha256"]) == 64
+    report = RunReport("features")
+    assert plan(leveled, tmp_path / "f_level_2", report) == []
+    assert len(report.rows) == 9
+
+
+def test_a_pixel_of_a_child_is_that_of_its_place(leveled: Inputs, tmp_path: Path) -> None:
+    """The mean of the children's mean colours is about the parent's."""
+    run(plan(leveled, tmp_path / "f_level_2"), extraction())
+    coarse, fine = (read_h5(tmp_path / folder / "h5_files/slide_0.h5").arrays["features"]
+                    for folder in ("f_level_2", "f_level_0_corresponding"))
+    np.testing.assert_allclose(fine.reshape(3, 16, 3).mean(axis=1), coarse, atol=4)
+    assert np.ptp(coarse, axis=0).max() > 8  # so the order matters
+
+
+def test_an_unreadable_child_keeps_its_row(leveled: Inputs, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """--bad_tiles drop: the children of row p stay where they are looked for."""
+    original = datasets.patches._Reader._patch
+
+    def broken(self: Any, slide: Any, patches: SlidePatches, row: int) -> np.ndarray:
+        if patches.level == "level_1" and row == 5:
+            raise SlideError("no pixels")
+        return original(self, slide, patches, row)
+
+    monkeypatch.setattr(datasets.patches._Reader, "_patch", broken)
+    rows = run(plan(leveled, tmp_path / "f_level_2"), extraction(bad_tiles="drop"))
+    assert rows["slide_2 [level_1]"].numbers == {"n_patches": 7, "n_dropped": 1}
+    data = read_h5(tmp_path / "f_level_1_corresponding/h5_files/slide_2.h5")
+    assert data.arrays["features"].shape == (8, 3) and not data.arrays["features"][5].any()
+    assert data.arrays["valid"].tolist() == [True] * 5 + [False] + [True] * 2
+    assert plan(leveled, tmp_path / "f_level_2", allow_dropped=True) == []
+    assert len(plan(leveled, tmp_path / "f_level_2")) == 2  # both lost their child 5
+
+
+def test_levels_that_are_missing_or_of_another_grid(leveled: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="with --child_mpp 0.5"):
+        list_levels(leveled.patches_root, tmp_path, [Child(mpp_um=0.5)])
+    root = tmp_path / "cohort"
+    shutil.copytree(leveled.patches_root.parent, root)
+    moved = Inputs(root / "slides", root / "out", root / "out/process_list_autogen.csv")
+    write_patches(moved.patches_root, "slide_0", grid_coords(2), patch_px=32, level=2)
+    (level_folder(moved.patches_root, CHILDREN[1]) / "patches/slide_2.h5").unlink()
+    report = RunReport("features")
+    plan(moved, tmp_path / "f", report)
+    reasons = {row.item: row.reason for row in report.rows if row.status is Status.FAILED}
+    assert set(reasons) == {"slide_0 [level_1]", "slide_2 [level_0]"}
+    assert "does not come from the coordinates of the level above" in reasons["slide_0 [level_1]"]
+    assert "with the same finer levels" in reasons["slide_2 [level_0]"]
+
+
 # ---------------------------------------------------------------------------- what is found
 
 def test_findings(inputs: Inputs, folder: Path) -> None:
-    first = works(inputs)[0]
+    first = works(inputs, folder)[0]
     assert inspect_features(folder, "slide_0", first.parameters,
                             allow_dropped=False).state is State.MISSING
-    run([first], extraction(folder))
-    other = works(inputs, precision="bf16")[0]
+    run([first], extraction())
+    other = works(inputs, folder, precision="bf16")[0]
     finding = inspect_features(folder, "slide_0", other.parameters, allow_dropped=False)
     assert finding.state is State.OTHER and finding.other_settings
     assert (finding.found, finding.changed) == ({"encoder.precision": "fp32"},
@@ -194,8 +300,8 @@ def test_a_damaged_pt_is_seen_and_mended(inputs: Inputs, folder: Path, damage: s
     """A2, A7"""
     import zipfile
 
-    first = works(inputs)[0]
-    run([first], extraction(folder))
+    first = works(inputs, folder)[0]
+    run([first], extraction())
     path = pt_path(folder, "slide_0")
     data = path.read_bytes()
     if damage == "missing":
@@ -217,8 +323,8 @@ def test_a_damaged_pt_is_seen_and_mended(inputs: Inputs, folder: Path, damage: s
 
 # ---------------------------------------------------------------------------- shards
 
-def test_sharing_out_is_even_and_complete(inputs: Inputs) -> None:
-    todo = works(inputs) * 4
+def test_sharing_out_is_even_and_complete(inputs: Inputs, folder: Path) -> None:
+    todo = works(inputs, folder) * 4
     shards = share_out(todo, ["cuda:0", "cuda:1", "cuda:2"])
     assert [shard.device for shard in shards] == ["cuda:0", "cuda:1", "cuda:2"]
     loads = [sum(len(work.patches) for work in shard.works) for shard in shards]
@@ -229,23 +335,23 @@ def test_sharing_out_is_even_and_complete(inputs: Inputs) -> None:
 
 def test_several_devices_work_at_the_same_time(inputs: Inputs, folder: Path) -> None:
     """--gpus: one child process a device; here the devices are all CPUs."""
-    shards = share_out(works(inputs), ["cpu", "cpu"])
-    rows = {row.item: row for row in extract(shards, extraction(folder, load=load_mean_colour))}
+    shards = share_out(works(inputs, folder), ["cpu", "cpu"])
+    rows = {row.item: row for row in extract(shards, extraction(load=load_mean_colour))}
     assert len(shards) == 2 and statuses(rows) == [Status.DONE, Status.EMPTY, Status.DONE]
     with pytest.raises(Refused, match="no such device"):
-        list(extract(share_out(works(inputs), ["broken"]),
-                     extraction(folder, load=load_mean_colour)))
+        list(extract(share_out(works(inputs, folder), ["broken"]),
+                     extraction(load=load_mean_colour)))
 
 
 def test_after_a_crash_suspects_are_tried_alone(inputs: Inputs, folder: Path) -> None:
-    todo = works(inputs)
-    run(todo[:1], extraction(folder))
+    todo = works(inputs, folder)
+    run(todo[:1], extraction())
     (folder / "h5_files" / "slide_2.h5.lock").write_text("left by a dead process",
                                                          encoding="utf-8")
-    rows, again = _after_crash(Shard(tuple(todo), "cpu"), "it died", extraction(folder))
+    rows, again = _after_crash(Shard(tuple(todo), "cpu"), "it died", extraction())
     assert [(row.item, row.status) for row in rows] == [("slide_0", Status.DONE)]
     assert [[work.slide_id for work in shard.works] for shard in again] == [
         ["slide_2"], ["slide_1"]]
-    rows, again = _after_crash(again[0], "it died", extraction(folder))
+    rows, again = _after_crash(again[0], "it died", extraction())
     assert [(row.item, row.status, row.reason) for row in rows] == [
         ("slide_2", Status.FAILED, "it died")] and again == []

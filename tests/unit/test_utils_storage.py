@@ -112,6 +112,12 @@ def test_h5_with_no_rows(tmp_path: Path) -> None:
     assert read_h5(tmp_path / "a.h5").arrays["coords"].shape == (0, 2)
 
 
+def test_h5_chunks_may_be_small(tmp_path: Path) -> None:
+    write_h5(tmp_path / "a.h5", ARRAYS, parameters={}, chunk_rows={"features": 2})
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert (file["features"].chunks, file["coords"].chunks) == ((2, 3), (5, 2))
+
+
 def test_h5_states(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     assert h5_state(path, PARAMETERS) is State.MISSING

@@ -11,7 +11,13 @@ import pytest
 
 from utils.errors import BrokenFile
 from utils.storage import write_h5
-from wsi_core.coords import PatchCoords, read_coords, write_coords
+from wsi_core.coords import (
+    Descent,
+    PatchCoords,
+    read_coords,
+    recorded_parameters,
+    write_coords,
+)
 from wsi_core.tissue import Tissue
 
 OUTLINE = np.array([[0, 0], [900, 0], [900, 700]], np.int32)
@@ -101,6 +107,27 @@ def test_unusable_coords_are_named(attrs: dict[str, Any], coords: Any, words: st
         file.create_dataset("coords", data=np.array(coords)).attrs.update(attrs)
     with pytest.raises(BrokenFile, match=words):
         read_coords(tmp_path / "s.h5")
+
+
+def test_a_finer_level_reads_back(tmp_path: Path) -> None:
+    descent = Descent(ratio=2, valid=np.array([True, False, True, True]), parent_sha256="ab")
+    write_coords(tmp_path / "s.h5", patches(coords=np.arange(8).reshape(4, 2), descent=descent))
+    found = read_coords(tmp_path / "s.h5").descent
+    assert found is not None and (found.ratio, found.branching, found.parent_sha256) == (2, 4, "ab")
+    assert found.valid.tolist() == [True, False, True, True]
+    assert found.parent_index.tolist() == [0] * 4
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert file["parent_index"][()].tolist() == [0] * 4
+
+
+def test_recorded_parameters_alone(tmp_path: Path) -> None:
+    write_coords(tmp_path / "s.h5", patches())
+    assert recorded_parameters(tmp_path / "s.h5") == {"sthresh": 8}
+    with h5py.File(tmp_path / "clam.h5", "w") as file:
+        file["coords"] = np.zeros((2, 2))
+    (tmp_path / "broken.h5").write_bytes(b"no h5")
+    for name in ("clam.h5", "broken.h5", "missing.h5"):
+        assert recorded_parameters(tmp_path / name) == {}
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from wsi_core.heatmap import (
     clip_roi,
     colour_table,
     draw_heatmap,
+    draw_outline,
     fill_tissue,
     patch_boxes,
     percentiles,
     read_view,
     sample_patches,
+    shifted_grids,
 )
 from wsi_core.slide import open_slide
 from wsi_core.tissue import Tissue
@@ -216,3 +218,48 @@ def test_colour_maps() -> None:
     assert colour_table("jet").shape == (256, 3) and colour_table("jet").dtype == np.uint8
     with pytest.raises(Refused, match="'virids': did you mean 'viridis'"):
         colour_table("virids")
+
+
+@pytest.mark.parametrize(("patch", "step", "k"), [
+    ((64, 64), (32, 32), (2, 2)), ((64, 64), (39, 39), (2, 2)), ((64, 64), (16, 16), (4, 4)),
+    ((64, 64), (64, 64), (1, 1)), ((96, 64), (32, 64), (3, 1)), ((100, 100), (33.4, 33.4), (3, 3))])
+def test_shifted_grids_lie_without_overlap_and_are_alike(
+    patch: tuple[float, float], step: tuple[float, float], k: tuple[int, int]
+) -> None:
+    """Every k-th column and row of an overlapping grid; number 0 starts at the origin."""
+    origin = (17, 5)
+    index = np.indices((24, 24)).reshape(2, -1).T
+    coords = origin + np.rint(index * step).astype(np.int64)
+    numbers = shifted_grids(coords, origin_l0=origin, patch_px_l0=patch, step_px_l0=step)
+    assert sorted(set(numbers.tolist())) == list(range(k[0] * k[1]))
+    assert np.bincount(numbers).tolist() == [24 * 24 // (k[0] * k[1])] * (k[0] * k[1])
+    for number in set(numbers.tolist()):
+        own = coords[numbers == number]
+        away = np.abs(own[:, None] - own[None])
+        apart = (away >= np.floor(patch)).any(axis=2)
+        assert apart[~np.eye(len(own), dtype=bool)].all()
+    assert (coords[numbers == 0] == origin).all(axis=1).any()
+    shuffled = np.random.default_rng(0).permutation(len(coords))  # some patches lie on no tissue
+    assert np.array_equal(numbers[shuffled[:50]], shifted_grids(
+        coords[shuffled[:50]], origin_l0=origin, patch_px_l0=patch, step_px_l0=step))
+
+
+def test_outline_goes_around_patches_together_and_around_gaps() -> None:
+    """Black on white, also on a black and on a white picture; nothing inside or outside."""
+    view = View((0.0, 0.0), (2.0, 2.0), (200, 160))
+    coords = np.array([(x, y) for x in (40, 80, 120) for y in (40, 80, 120) if (x, y) != (80, 80)]
+                      + [(300, 200)])
+    for shade in (0, 127, 255):
+        image = np.full((160, 200, 3), shade, np.uint8)
+        drawn = draw_outline(image, view, coords, (40.0, 40.0))
+        assert (image == shade).all()
+        changed = (drawn != shade).any(axis=2)
+        black, white = (drawn == 0).all(axis=2), (drawn == 255).all(axis=2)
+        for x, y in ((20, 50), (79, 50), (50, 20), (50, 79), (150, 110)):  # outer edges
+            assert black[y, x] and white[y - 3:y + 4, x - 3:x + 4].any()
+        assert black[42:58, 38:42].any()  # the edge of the gap
+        assert not changed[50, 50] and not changed[24:36, 24:36].any()
+        assert not changed[24:36, 39:41].any()  # neighbours have no line between them
+        assert not changed[:17].any() and not changed[:, 180:].any()
+    nothing = draw_outline(image, view, np.empty((0, 2), np.int64), (40.0, 40.0))
+    assert np.array_equal(nothing, image)
