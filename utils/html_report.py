@@ -12,11 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils import __version__
 
+if TYPE_CHECKING:
+    from utils.statistics import Estimate
+
+_WORD_JOINER = "\u2060"
 _TEMPLATES = Path(__file__).parent / "templates"
-_LIBRARIES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib", "h5py")
+_LIBRARIES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "scikit-survival", "matplotlib",
+              "h5py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,5 +109,16 @@ def format_number(value: float) -> str:
 
 def format_interval(value: float, low: float, high: float) -> str:
     """``0.912 (0.850–0.961)``; without the bracket when there is no interval."""
-    span = "" if low != low or high != high else f" ({low:.3f}–{high:.3f})"
+    span = "" if low != low or high != high else f" ({format_span(low, high)})"
     return format_number(value) + span
+
+
+def format_span(low: float, high: float) -> str:
+    """``0.850–0.961``, or ``-0.2 to 0.1`` where a sign would run into the dash."""
+    return f"{low:.3f}{'–' if low >= 0 else ' to '}{high:.3f}"
+
+
+def format_estimate(item: Estimate) -> str:
+    """The interval on an unbroken line of its own: seven figures fit side by side."""
+    text = format_interval(item.value, item.low, item.high)
+    return text.replace(" ", "\n", 1).replace("–", f"{_WORD_JOINER}–{_WORD_JOINER}")

@@ -1,4 +1,4 @@
-"""Pictures of predictions: ROC, precision-recall, confusion, calibration; each as PNG bytes.
+"""Pictures of class predictions: ROC, precision-recall, confusion, calibration; each as PNG bytes.
 
 Figures are drawn on Agg canvases of their own: no display, no global state, and matplotlib is
 imported only when a picture is drawn. Equal input gives equal bytes.
@@ -66,14 +66,14 @@ def draw_roc(curves: Sequence[Curve]) -> bytes:
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
     for curve in curves:
         if not curve.drawable:
-            axes.plot([], [], linestyle="", label=f"{_literal(curve.name)}: one class only")
+            axes.plot([], [], linestyle="", label=f"{literal(curve.name)}: one class only")
             continue
         true, false = curve.counts()
         area = binary_auc(curve.scores, curve.positive)
         axes.plot(false / false[-1], true / true[-1], **_look(curve),
-                  label=f"{_literal(curve.name)}: AUC {area:.3f}")
+                  label=f"{literal(curve.name)}: AUC {area:.3f}")
     _legend(axes, len(curves), "lower right")
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_precision_recall(curves: Sequence[Curve]) -> bytes:
@@ -81,24 +81,25 @@ def draw_precision_recall(curves: Sequence[Curve]) -> bytes:
     figure, axes = _square("Recall", "Precision")
     for curve in curves:
         if not curve.drawable:
-            axes.plot([], [], linestyle="", label=f"{_literal(curve.name)}: one class only")
+            axes.plot([], [], linestyle="", label=f"{literal(curve.name)}: one class only")
             continue
         true, false = curve.counts()
         precision = true[1:] / (true + false)[1:]
         area = average_precision(curve.scores, curve.positive)
         axes.step(true / true[-1], np.append(precision[0], precision), where="pre",
-                  **_look(curve), label=f"{_literal(curve.name)}: AP {area:.3f}")
+                  **_look(curve), label=f"{literal(curve.name)}: AP {area:.3f}")
         if curve.bold or len(curves) == 1:
             axes.axhline(curve.positive.mean(), color=COLOURS[curve.colour % len(COLOURS)],
                          linewidth=1, linestyle=":")
     _legend(axes, len(curves), "lower left")
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> bytes:
     """Counts (C, C), row = truth, column = prediction; the colour is the share of the row."""
     classes = len(class_names)
-    figure, axes = _axes(3.2 + 0.55 * classes, 2.8 + 0.5 * classes)
+    figure = new_figure(3.2 + 0.55 * classes, 2.8 + 0.5 * classes)
+    axes = figure.add_subplot()
     rows = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(rows, 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -106,12 +107,12 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> bytes:
         text = f"{counts[row, column]:.0f}\n{share[row, column]:.0%}"
         axes.text(column, row, text if rows[row, 0] else "–", ha="center", va="center", fontsize=9,
                   color="white" if share[row, column] > 0.55 else "black")
-    names = [_literal(name) for name in class_names]
+    names = [literal(name) for name in class_names]
     axes.set_xticks(range(classes), names, rotation=30 if classes > 2 else 0, fontsize=9)
     axes.set_yticks(range(classes), names, fontsize=9)
     axes.set_xlabel("Predicted")
     axes.set_ylabel("True")
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_calibration(probabilities: np.ndarray, labels: np.ndarray) -> bytes:
@@ -136,22 +137,24 @@ def draw_calibration(probabilities: np.ndarray, labels: np.ndarray) -> bytes:
         axes.text((index + 0.5) / CALIBRATION_BINS, min(height + 0.015, 0.97), str(number[index]),
                   ha="center", fontsize=8)
     _legend(axes, 3, "upper left")
-    return _png(figure)
+    return to_png(figure)
 
 
 # ---------------------------------------------------------------------------- shared parts
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this many inches, on a canvas of its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure
 
 
 def _square(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure, axes = _axes(4.6, 4.6)
+    figure = new_figure(4.6, 4.6)
+    axes = figure.add_subplot()
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x_label, ylabel=y_label, aspect="equal")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -168,12 +171,13 @@ def _legend(axes: Axes, entries: int, place: Corner) -> None:
                     ncols=1 if entries <= _LEGEND_MAX else 2)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib draws as it is: ``$`` would start a formula."""
     return text.replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG bytes, the same for the same figure."""
     data = BytesIO()
     with warnings.catch_warnings():  # a class name in a script the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")

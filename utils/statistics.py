@@ -7,7 +7,7 @@ every metric of ``utils.metrics`` is computed for many rows of weights at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -23,6 +23,9 @@ from utils.metrics import (
 
 LEVEL = 0.95  # of every interval
 METRICS = ("auc", "accuracy", "balanced_accuracy", "macro_f1", "average_precision", "brier", "ece")
+
+# Weights (R, n) >= 0 of the slides -> each metric for every weighting, (R,), NaN where undefined
+Weigher = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 _CHUNK_CELLS = 1 << 20  # weights held at once: 8 MiB, so that the passes stay in the cache's reach
 
@@ -62,11 +65,11 @@ def weighted_metrics(probabilities: np.ndarray, labels: np.ndarray, weights: np.
     auc, precision = _rank_metrics(p, labels, weights, micro_average=micro_average)
     return {
         "auc": auc,
-        "accuracy": _ratio(hits.sum(axis=1), total),
-        "balanced_accuracy": _mean_defined(_ratio(hits, support)),
-        "macro_f1": _mean_defined(_ratio(2 * hits, support + confusion.sum(axis=1))),
+        "accuracy": ratio(hits.sum(axis=1), total),
+        "balanced_accuracy": mean_defined(ratio(hits, support)),
+        "macro_f1": mean_defined(ratio(2 * hits, support + confusion.sum(axis=1))),
         "average_precision": precision,
-        "brier": _ratio(weights @ _brier_terms(p, labels), total),
+        "brier": ratio(weights @ _brier_terms(p, labels), total),
         "ece": _calibration_error(p, labels, weights),
     }
 
@@ -79,8 +82,8 @@ def _rank_metrics(p: np.ndarray, labels: np.ndarray, weights: np.ndarray, *,
     wanted = [1] if classes == 2 else range(classes)
     areas = [binary_auc(p[:, c], one_hot[:, c], weights=weights) for c in wanted]
     precisions = [average_precision(p[:, c], one_hot[:, c], weights=weights) for c in wanted]
-    auc = _mean_defined(np.stack(areas, axis=1))
-    precision = np.where(np.isnan(auc), np.nan, _mean_defined(np.stack(precisions, axis=1)))
+    auc = mean_defined(np.stack(areas, axis=1))
+    precision = np.where(np.isnan(auc), np.nan, mean_defined(np.stack(precisions, axis=1)))
     if micro_average and classes > 2:
         micro = binary_auc(p.ravel(), one_hot.ravel(), weights=np.repeat(weights, classes, axis=1))
         auc = np.where(np.isnan(auc), np.nan, micro)
@@ -96,20 +99,20 @@ def _calibration_error(p: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
     confidence = p.max(axis=1)
     gap = (p.argmax(axis=1) == labels) - confidence
     in_bin = np.eye(CALIBRATION_BINS)[calibration_bin(confidence)]
-    return _ratio(np.abs(weights @ (in_bin * gap[:, None])).sum(axis=1), weights.sum(axis=1))
+    return ratio(np.abs(weights @ (in_bin * gap[:, None])).sum(axis=1), weights.sum(axis=1))
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """top / bottom, NaN where bottom is 0."""
+def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """top / bottom, NaN where bottom is not above 0."""
     ratio = np.full(np.broadcast_shapes(top.shape, bottom.shape), np.nan)
     np.divide(top, bottom, out=ratio, where=bottom > 0)
     return ratio
 
 
-def _mean_defined(table: np.ndarray) -> np.ndarray:
+def mean_defined(table: np.ndarray) -> np.ndarray:
     """(R,) means of the rows of (R, C) without their NaNs; NaN where all are."""
     defined = np.isfinite(table)
-    return _ratio(np.where(defined, table, 0.0).sum(axis=1), defined.sum(axis=1))
+    return ratio(np.where(defined, table, 0.0).sum(axis=1), defined.sum(axis=1))
 
 
 # ---------------------------------------------------------------------------- intervals
@@ -123,42 +126,52 @@ def estimate_metrics(
     seed: int = 1,
     micro_average: bool = False,
 ) -> dict[str, Estimate]:
-    """Every metric with its 95 % percentile interval over patients drawn with replacement.
+    """Every one of ``METRICS`` with its interval; see ``estimate_weighted``.
 
-    probabilities (n, C), labels (n,), patients: n ids. A resample in which a metric is undefined
-    (one class only) is left out of that metric's interval and shows in ``valid``. Equal seeds
-    give equal intervals (Efron & Tibshirani 1993, section 13.3).
+    probabilities (n, C), labels (n,), patients: n ids.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    if len(labels) == 0:
+    return estimate_weighted(
+        lambda weights: weighted_metrics(probabilities, labels, weights,
+                                         micro_average=micro_average),
+        patients, names=METRICS, resamples=resamples, seed=seed,
+        undefined=slide_metrics(probabilities, labels).auc_reason if len(labels) else "")
+
+
+def estimate_weighted(weigh: Weigher, patients: Sequence[str], *, names: Sequence[str],
+                      resamples: int = 1000, seed: int = 1, undefined: str = ""
+                      ) -> dict[str, Estimate]:
+    """Every metric with its 95 % percentile interval over patients drawn with replacement.
+
+    weigh: see ``Weigher``; patients: n ids; undefined: why a metric of all slides may be NaN
+    names: metrics to list when there is no slide
+    A resample in which a metric is undefined (one class only) is left out of that metric's
+    interval and shows in ``valid``. Equal seeds give equal intervals (Efron & Tibshirani 1993,
+    section 13.3).
+    """
+    if len(patients) == 0:
         return {name: Estimate(value=float("nan"), reason="no slide was evaluated")
-                for name in METRICS}
-    values = weighted_metrics(probabilities, labels, np.ones((1, len(labels))),
-                              micro_average=micro_average)
+                for name in names}
+    values = weigh(np.ones((1, len(patients))))
     _, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    number = int(patient.max()) + 1
-    draws: dict[str, np.ndarray] = {}
-    if resamples > 0 and number > 1:
-        draws = _bootstrap(probabilities, labels, patient, number, resamples, seed, micro_average)
-    undefined = slide_metrics(probabilities, labels).auc_reason
-    return {name: _estimate(float(values[name][0]), draws.get(name), resamples=resamples,
-                            undefined=undefined) for name in METRICS}
+    draws = _bootstrap(weigh, patient, resamples, seed) if patient.any() else {}
+    return {name: _estimate(float(value[0]), draws.get(name), resamples=resamples,
+                            undefined=undefined) for name, value in values.items()}
 
 
-def _bootstrap(probabilities: np.ndarray, labels: np.ndarray, patient: np.ndarray, number: int,
-               resamples: int, seed: int, micro_average: bool) -> dict[str, np.ndarray]:
-    """Metrics of ``resamples`` draws of ``number`` patients, in chunks of bounded memory."""
+def _bootstrap(weigh: Weigher, patient: np.ndarray, resamples: int, seed: int
+               ) -> dict[str, np.ndarray]:
+    """Metrics of ``resamples`` draws of all patients, in chunks of bounded memory."""
     rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK_CELLS // max(len(labels), number))
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
+    number = int(patient.max()) + 1
+    rows = max(1, _CHUNK_CELLS // len(patient))
+    parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
         drawn = rng.integers(0, number, (size, number)) + np.arange(size)[:, None] * number
         counts = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number)
-        chunk = weighted_metrics(probabilities, labels, counts[:, patient].astype(np.float64),
-                                 micro_average=micro_average)
-        for name in METRICS:
-            parts[name].append(chunk[name])
+        for name, chunk in weigh(counts[:, patient].astype(np.float64)).items():
+            parts.setdefault(name, []).append(chunk)
     return {name: np.concatenate(chunks) for name, chunks in parts.items()}
 
 

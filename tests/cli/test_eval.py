@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,19 @@ import pytest
 import torch
 
 import eval as script
+from datasets.extraction import Extraction, Shard, _extract_shard
+from datasets.extraction_plan import list_levels, plan_works
+from models.encoders import encoder_record, load_encoder
+from tests.conftest import ROOT
+from tests.feature_inputs import CHILDREN, Inputs, make_levels, save_network
 from tests.html_pages import read
 from tests.trained import Cohort, make_cohort, spec_of, write_model
+from tests.unit.test_utils_distributed import torchrun
 from utils.contracts import Bag
 from utils.errors import Refused
+from utils.evaluation_tasks import VIEWS
 from utils.metrics import slide_metrics
+from utils.report import RunReport
 from utils.storage import read_h5
 
 
@@ -286,35 +295,36 @@ def foreign(root: Path, cohort: Cohort, **spec: Any) -> Path:
     return folder
 
 
-def test_models_of_clam_need_flags_only(cohort: Cohort, run: Run, tmp_path: Path) -> None:
+def test_models_of_clam_need_no_flags(cohort: Cohort, run: Run, tmp_path: Path) -> None:
     foreign(tmp_path, cohort)
     where = {"results_dir": tmp_path / "results", "models_exp_code": "foreign_s1"}
     with pytest.raises(Refused, match="expected feature width 1024, found feature width 12"):
-        run(cohort, **where)
-    folder = run(cohort, **where, embed_dim=12)
+        run(cohort, **where, embed_dim=1024)
+    folder = run(cohort, **where)
     assert (folder / "fold_0.csv").read_bytes() == (
         run(cohort, save_exp_code="ours") / "fold_0.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("spec", "wrong"), [
-    ({"model_type": "clam_mb"}, "clam_mb"), ({"model_type": "mil"}, "mil"),
-    ({"model_type": "abmil"}, "abmil"), ({"model_size": "big"}, "384"),
-    ({"gated": False, "dropout": 0.0}, ""),
+@pytest.mark.parametrize(("spec", "flag", "found"), [
+    ({"model_type": "clam_mb"}, {"model_type": "clam_sb"}, "clam_mb"),
+    ({"model_type": "mil"}, {"model_type": "clam_sb"}, "mil"),
+    ({"model_type": "abmil"}, {"model_type": "clam_sb"}, "abmil"),
+    ({"model_size": "big"}, {"model_size": "small"}, "384"),
+    ({"gated": False, "dropout": 0.0}, {}, ""),
 ])
-def test_flags_say_what_a_foreign_model_is(cohort: Cohort, run: Run, tmp_path: Path,
-                                           spec: dict[str, Any], wrong: str) -> None:
+def test_a_foreign_model_says_what_it_is(cohort: Cohort, run: Run, tmp_path: Path,
+                                         spec: dict[str, Any], flag: dict[str, str],
+                                         found: str) -> None:
     foreign(tmp_path, cohort, **spec)
-    where = {"results_dir": tmp_path / "results", "models_exp_code": "foreign_s1", "embed_dim": 12}
-    if wrong:
-        with pytest.raises(Refused, match=wrong):
-            run(cohort, **where)
-    named = {"model_type": None, "model_size": None, **spec}
-    named.pop("gated", None)
-    folder = run(cohort, **where, drop_out=named.pop("dropout", 0.5), **named)
+    where = {"results_dir": tmp_path / "results", "models_exp_code": "foreign_s1"}
+    if flag:
+        with pytest.raises(Refused, match=f"found .*{found}"):
+            run(cohort, **where, **flag)
+    folder = run(cohort, **where, drop_out=spec.get("dropout", 0.5))
     settings = ast.literal_eval((folder / "eval_experiment_e.txt").read_text())
     assert settings["model_type"] == spec.get("model_type", "clam_sb")
     assert settings["model_size"] == spec.get("model_size", "small")
-    assert settings["drop_out"] == (0.0 if "dropout" in spec else 0.5)
+    assert settings["drop_out"] == spec.get("dropout", 0.5)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("model_type", "clam_mb"), ("model_size", "big"),
@@ -380,6 +390,237 @@ def test_device_is_never_changed_silently(cohort: Cohort, run: Run) -> None:
         run(cohort, device="cuda")
     with pytest.raises(Refused, match="gpu"):
         run(cohort, device="gpu")
+
+
+# ---------------------------------------------------------------------------- other tasks
+
+OTHERS = ("multilabel", "regression", "survival")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cohort]:
+    """A cohort for each task type but classification; no test changes them."""
+    return {task_type: make_cohort(tmp_path_factory.mktemp(task_type), task_type=task_type)
+            for task_type in OTHERS}
+
+
+@pytest.mark.parametrize(("task_type", "columns", "figures_"), [
+    ("multilabel", ["y_necrosis", "y_invasion", "p_0", "p_1"], {"auc": "auc", "acc": "accuracy"}),
+    ("regression", ["y_0", "y_1", "yhat_0", "yhat_1"], {"r2": "r2", "mae": "mae"}),
+    ("survival", ["time", "event", "risk", "S_1", "S_2", "S_3", "S_4"], {"c_index": "c_index"}),
+])
+def test_other_tasks(others: dict[str, Cohort], run: Run, task_type: str, columns: list[str],
+                     figures_: dict[str, str]) -> None:
+    cohort = others[task_type]
+    folder = run(cohort, no_report=None)
+    record = figures(folder)
+    assert record["task_type"] == task_type and record["pooled"]["slides"] > 0
+    table = rows(folder / "fold_1.csv")
+    assert list(table[0]) == ["slide_id", *columns]
+    assert [row["slide_id"] for row in table] == split_column(cohort, "test", 1)
+    for row in table:
+        truth = cohort.table.target_of(cohort.table.row_of[row["slide_id"]]) or ()
+        shown = [float(row[name] or "nan") for name in columns[:len(truth)]]
+        assert shown == pytest.approx(list(truth), nan_ok=True)
+    summary = rows(folder / "summary.csv")
+    assert list(summary[0]) == ["", "folds", *(f"test_{key}" for key in figures_)]
+    for key, figure in figures_.items():
+        for line in summary:
+            found = record["folds"][line["folds"]]["metrics"][figure]
+            assert float(line[f"test_{key}"]) == pytest.approx(found["value"])
+            assert found["low"] <= found["value"] <= found["high"]
+    plots = {path.name for path in (folder / "plots").iterdir()}
+    assert plots == set(VIEWS[task_type].pictures)  # type: ignore[index]
+    text = "".join(read((folder / "report.html").read_text(encoding="utf-8")).text)
+    assert all(title in text for title in VIEWS[task_type].titles.values())  # type: ignore[index]
+
+
+def test_the_pooled_c_index_compares_within_folds(others: dict[str, Cohort], run: Run) -> None:
+    folder = run(others["survival"])
+    right = pairs = 0.0
+    for fold in (0, 1):
+        table = [{name: float(row[name]) for name in ("time", "event", "risk")}
+                 for row in rows(folder / f"fold_{fold}.csv")]
+        for one in table:
+            for two in table:
+                if one["event"] and (one["time"] < two["time"] or (
+                        one["time"] == two["time"] and not two["event"])):
+                    pairs += 1
+                    right += (one["risk"] > two["risk"]) + 0.5 * (one["risk"] == two["risk"])
+    pooled = figures(folder)["pooled"]
+    assert pooled["metrics"]["c_index"]["value"] == pytest.approx(right / pairs)
+    assert pooled["comparable_pairs"] == pairs
+    assert "within each fold" in figures(folder)["pooled_note"]
+
+
+def test_label_cols_time_col_and_event_col(others: dict[str, Cohort], run: Run) -> None:
+    with pytest.raises(Refused, match="knows the classes necrosis, invasion"):
+        run(others["multilabel"], label_cols=("invasion", "necrosis"))
+    with pytest.raises(Refused, match="task_type is regression.*trained with multilabel"):
+        run(others["multilabel"], task_type="regression", label_cols=("size", "age"))
+    swapped = run(others["survival"], time_col="weeks", event_col="relapse")
+    found = rows(swapped / "fold_0.csv")[0]
+    table = {row["slide_id"]: row for row in rows(others["survival"].root / "cohort.csv")}
+    assert float(found["time"]) == float(table[found["slide_id"]]["weeks"])
+    assert float(found["event"]) == float(table[found["slide_id"]]["relapse"])
+
+
+def test_the_legacy_protocol_is_repeated(tmp_path: Path, run: Run,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    cohort = make_cohort(tmp_path / "cohort")
+    write_model(cohort.models, 1, cohort.spec, settings={"val_is_test": True})
+    folder = run(cohort, no_report=None)
+    said = ("fold 1: the validation slides were the test slides: early stopping and the best epoch "
+            "were chosen on them, so these figures are optimistic")
+    assert figures(folder)["warnings"] == [said]
+    assert f"warning: {said}" in capsys.readouterr().out
+    text = "".join(read((folder / "report.html").read_text(encoding="utf-8")).text)
+    assert text.index(said) < text.index("What was evaluated")
+    run(cohort, no_report=None)
+    assert f"warning: {said}" in capsys.readouterr().out  # also when it is done already
+    write_model(cohort.models, 0, cohort.spec, settings={"val_is_test": True})
+    folder = run(cohort, save_exp_code="both")
+    assert figures(folder)["warnings"] == [said.removeprefix("fold 1: ")]
+
+
+def test_under_torchrun(tmp_path: Path, run: Run) -> None:
+    """Two processes, an odd number of slides, one of them unreadable: the numbers of one."""
+    cohort = make_cohort(tmp_path / "cohort", slides=23)
+    (cohort.features / "s05.h5").write_bytes(b"\x89HDF")
+    flags: dict[str, Any] = {"split": "all", "output_root": tmp_path / "two"}
+    done = torchrun(ROOT / "eval.py", *cohort.flags(**flags))
+    assert "1 failed" in done.stdout and done.stdout.count("fold 0: ") == 1, done.stderr
+    one, two = run(cohort, code=3, split="all"), tmp_path / "two" / "EVAL_e"
+    for fold in (0, 1):
+        assert slides(one, fold) == slides(two, fold) and len(slides(one, fold)) == 22
+        for alone, shared in zip(rows(one / f"fold_{fold}.csv"), rows(two / f"fold_{fold}.csv"),
+                                 strict=True):
+            assert float(alone["p_1"]) == pytest.approx(float(shared["p_1"]), rel=1e-6)
+    plain, both = figures(one), figures(two)
+    assert plain["failed"] == both["failed"] and set(plain["failed"]) == {"s05"}
+    for fold in ("0", "1"):
+        for name, found in plain["folds"][fold]["metrics"].items():
+            assert both["folds"][fold]["metrics"][name] == pytest.approx(found)
+
+
+# ---------------------------------------------------------------------------- hierarchies
+
+def extract_levels(inputs: Inputs, feat_dir: Path, weights: Path) -> dict[str, Any]:
+    """Features of every slide and level by a tiny network, in this process; its record."""
+    settings: dict[str, Any] = {"checkpoint": weights, "target_px": 32}
+    found = list_levels(inputs.patches_root, feat_dir, CHILDREN)
+    for level in found:
+        for name in ("h5_files", "pt_files"):
+            (level.feat_dir / name).mkdir(parents=True)
+    record = encoder_record("timm:test_resnet", **settings)
+    works = plan_works({path.stem: path for path in sorted(inputs.slides.iterdir())}, found,
+                       RunReport("features"), encoder=record, backend="auto", redo=False,
+                       allow_dropped=False)
+    _extract_shard(Shard(tuple(works), "cpu"), extraction=Extraction(
+        load=lambda device: load_encoder("timm:test_resnet", **settings), batch_size=64, workers=1,
+        bad_tiles="fail", redo=False))
+    return record
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cohort, Inputs]:
+    """Six slides of three magnifications, their features, and a HAG-MIL model of two folds."""
+    root = tmp_path_factory.mktemp("levels")
+    inputs = make_levels(root / "slides", (3, 4, 2, 5, 3, 4))
+    cohort = make_cohort(root, names=[f"slide_{n}" for n in range(6)], folds=0)
+    shutil.rmtree(root / "features")
+    encoder = extract_levels(inputs, root / "features", save_network(root / "tiny.pth"))
+    cohort = replace(cohort, spec=spec_of(model_type="hag_mil", embed_dim=96, n_levels=3,
+                                          options={"hidden_dims": (16, 8), "v_patch": (1.0,)}))
+    for fold in (0, 1):
+        write_model(cohort.models, fold, cohort.spec, encoder=encoder, child_levels=[1, 0])
+    return cohort, inputs
+
+
+def test_finer_levels_as_in_training_or_as_given(levels: tuple[Cohort, Inputs], run: Run) -> None:
+    cohort, _ = levels
+    plain = run(cohort, split="all")
+    dirs = tuple(cohort.root / f"features_level_{n}_corresponding" for n in (1, 0))
+    for code, flags in {"dirs": {"child_dirs": dirs}, "levels": {"child_levels": (1, 0)}}.items():
+        folder = run(cohort, split="all", save_exp_code=code, **flags)
+        assert (folder / "fold_0.csv").read_bytes() == (plain / "fold_0.csv").read_bytes()
+    with pytest.raises(Refused, match="takes 2 finer levels, found 1"):
+        run(cohort, split="all", child_levels=(1,))
+    with pytest.raises(Refused, match="no folder"):
+        run(cohort, split="all", child_dirs=(*dirs[:1], cohort.root / "absent"))
+    with pytest.raises(Refused, match="goes with --lazy_children"):
+        run(cohort, split="all", slide_ext=".tif")
+
+
+def test_v_patch(levels: tuple[Cohort, Inputs], cohort: Cohort, run: Run) -> None:
+    one, half = (run(levels[0], split="all", save_exp_code=f"v{number}", v_patch=number)
+                 for number in (1, 0.5))
+    assert (one / "fold_0.csv").read_bytes() == (
+        run(levels[0], split="all", save_exp_code="plain") / "fold_0.csv").read_bytes()
+    assert (one / "fold_0.csv").read_bytes() != (half / "fold_0.csv").read_bytes()
+    with pytest.raises(Refused, match="v_patch"):
+        run(cohort, v_patch=3)
+
+
+def test_lazy_children(levels: tuple[Cohort, Inputs], run: Run, tmp_path: Path,
+                       capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal numbers without any stored feature of a finer level, and few patches encoded."""
+    cohort, inputs = levels
+    plain = run(cohort, split="all", save_exp_code="plain")
+    bare = tmp_path / "bare"
+    shutil.copytree(cohort.root / "features", bare)
+    where: dict[str, Any] = {
+        "split": "all", "lazy_children": True, "data_root_dir": bare, "k": 2,
+        "data_h5_dir": inputs.patches_root, "data_slide_dir": inputs.slides, "slide_ext": ".tif",
+        "encoder_ckpt": cohort.root / "tiny.pth"}
+    lazy = run(cohort, save_exp_code="lazy", **where)
+    for alone, stored in zip(rows(lazy / "fold_0.csv"), rows(plain / "fold_0.csv"), strict=True):
+        assert float(alone["p_1"]) == pytest.approx(float(stored["p_1"]), abs=1e-5)
+    cost = figures(lazy)["lazy_children"]
+    assert cost["patches"] == 21 * (4 + 16)  # of 21 coarse patches
+    assert 6 * 8 <= cost["encoded"] == cost["looked_at"] <= 2 * 6 * 8  # 4 + 4 a slide and fold
+    assert cost["seconds"] > 0 and "patches looked at" in capsys.readouterr().out
+    run(cohort, save_exp_code="lazy", overwrite=True, **where)
+    assert figures(lazy)["lazy_children"]["encoded"] == 0  # kept from the first run
+    others = tmp_path / "other.pth"
+    torch.save({name: value + 1 for name, value in torch.load(
+        cohort.root / "tiny.pth", weights_only=True).items()}, others)
+    for flags, words in (({"encoder_ckpt": others}, "not the one that made the features"),
+                         ({"data_slide_dir": None}, "give --data_h5_dir and --data_slide_dir"),
+                         ({"slide_ext": ".svs"}, "6 files are missing"),
+                         ({"child_dirs": (bare, bare)}, "needs .* --child_levels")):
+        with pytest.raises(Refused, match=words):
+            run(cohort, save_exp_code="wrong", **{**where, **flags})
+
+
+# ---------------------------------------------------------------------------- options of a model
+
+def test_model_options(cohort: Cohort, run: Run, tmp_path: Path) -> None:
+    """An activation leaves no trace in the weights: only the file can tell it."""
+    heads = {"inner_dim": 16, "n_heads": 4}
+    foreign(tmp_path, cohort, model_type="abmilx", options={**heads, "act": "relu"})
+    where = {"results_dir": tmp_path / "results", "models_exp_code": "foreign_s1"}
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("model_type: abmilx\nn_heads: 4\nact: relu\nlr: 1.0e-4\nv_patch: [3]\n")
+    found = run(cohort, save_exp_code="told", model_options=preset, **where)
+    for fold in (0, 1):
+        write_model(tmp_path / "results" / "ours_s1", fold, spec_of(
+            model_type="abmilx", options={**heads, "act": "relu"}))
+        shutil.copy(cohort.models / f"splits_{fold}.csv", tmp_path / "results" / "ours_s1")
+    ours = run(cohort, save_exp_code="ours", **{**where, "models_exp_code": "ours_s1"})
+    assert (found / "fold_0.csv").read_bytes() == (ours / "fold_0.csv").read_bytes()
+    preset.write_text("n_heads: 4\nact: gelu\n")
+    other = run(cohort, save_exp_code="other", model_options=preset, **where)
+    assert (other / "fold_0.csv").read_bytes() != (ours / "fold_0.csv").read_bytes()
+    with pytest.raises(Refused, match="act is gelu, but the checkpoint was trained with relu"):
+        run(cohort, save_exp_code="x", model_options=preset, **{**where,
+                                                               "models_exp_code": "ours_s1"})
+    preset.write_text("act: tanh\n")
+    with pytest.raises(Refused, match="act is 'tanh'"):
+        run(cohort, model_options=preset, **where)
+    preset.write_text("lr: 1\n")
+    with pytest.raises(Refused, match="holds no option of a model"):
+        run(cohort, model_options=preset, **where)
 
 
 # ---------------------------------------------------------------------------- where and again

@@ -27,8 +27,9 @@ from tests.heatmap_project import (
     make_project,
     write_checkpoint,
     write_config,
+    write_hierarchy,
 )
-from tests.slides import write_pyramid
+from tests.slides import tissue_image, write_pyramid
 from utils.errors import Refused
 from utils.locks import claim
 from utils.storage import read_h5, read_json
@@ -315,3 +316,78 @@ def test_one_patch_is_drawn(project: Path) -> None:
     assert draw({"heatmap_arguments.use_roi": True}) == 0
     assert draw({"patching_arguments.patch_size": 250, "patching_arguments.overlap": 0}) == 0
     assert 1 <= len(read_h5(RAW / "s_0.h5").arrays["coords"]) <= 4
+
+
+# ---------------------------------------------------------------------------- magnifications
+
+HAG_RAW = Path("raw/hag/tumor/s_0")
+
+
+@pytest.fixture(scope="module")
+def unbroken_levels(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a model of three magnifications in which nothing went wrong; do not change."""
+    root = copy_project(prepared, tmp_path_factory.mktemp("levels") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert draw(write_hierarchy(Path())) == 0
+    return root
+
+
+@pytest.mark.parametrize("fault", ["storage.replace:kill:7", "storage.write:kill:9"])
+def test_levels_killed_at_a_write_then_finished(
+    project: Path, unbroken_levels: Path, fault: str
+) -> None:
+    """[A1, A2]"""
+    changes = write_hierarchy(Path())
+    write_config(project, changes)
+    run = start(project, MILWRIGHT_FAULT=fault)
+    run.communicate(timeout=300)
+    assert run.returncode == -signal.SIGKILL
+    assert not (HAG_RAW / "s_0_blockmap_level_0.h5").exists()
+    assert draw(changes) == 0
+    assert hashes(project) == hashes(unbroken_levels)
+    assert not list(project.rglob(".mw-tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["s_0.h5", "s_0_level_1.h5", "s_0_blockmap_level_0.h5"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_levels_are_made_again(
+    unbroken_levels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    """[A4, A6, A7]"""
+    root = copy_project(unbroken_levels, tmp_path / "project")
+    monkeypatch.chdir(root)
+    path = HAG_RAW / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[:len(data) // 2])
+    assert draw(write_hierarchy(Path())) == 0
+    assert hashes(root) == hashes(unbroken_levels)
+
+
+def test_a_slide_without_the_levels_fails_alone(project: Path) -> None:
+    """Its pyramid ends early; the other slide is drawn."""
+    changes = write_hierarchy(Path())
+    write_pyramid(Path("slides/s_0.tif"), tissue_image(1024, 768), downsamples=(1, 2))
+    assert draw(changes) == 3
+    found = {row["item"]: row for row in read_json(Path("raw/hag/report_heatmaps.json"))["items"]}
+    assert "s_0.tif has no level 2 to read patches from" in found["s_0"]["reason"]
+    assert found["s_1"]["status"] == "done"
+    write_pyramid(Path("slides/s_0.tif"), tissue_image(1024, 768), downsamples=(1, 3, 4))
+    assert draw(changes) == 3  # level 1 is no whole number of times finer
+    found = {row["item"]: row for row in read_json(Path("raw/hag/report_heatmaps.json"))["items"]}
+    assert "s_0.tif" in found["s_0"]["reason"] and "whole number" in found["s_0"]["reason"]
+
+
+def test_levels_of_a_blank_slide_are_forgotten(
+    unbroken_levels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[B9]"""
+    root = copy_project(unbroken_levels, tmp_path / "project")
+    monkeypatch.chdir(root)
+    write_pyramid(Path("slides/s_0.tif"), np.full((768, 1024, 3), 243, np.uint8))
+    assert draw(write_hierarchy(Path())) == 0
+    assert sorted(path.name for path in HAG_RAW.iterdir()) == [
+        "s_0_mask.jpg", "s_0_mask.json", "s_0_record.json"]
+    assert not list(Path("prod/hag/tumor").iterdir())

@@ -14,12 +14,14 @@ from utils.html_report import (
     Picture,
     Section,
     Table,
+    format_estimate,
     format_interval,
     format_number,
     library_versions,
     render_page,
 )
 from utils.plots import draw_confusion
+from utils.statistics import Estimate
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b < c", "' onload='",
            "{{ 7 * 7 }}", "スライド – ü", "</td></table>"]
@@ -82,6 +84,9 @@ def test_numbers() -> None:
     assert format_interval(0.9, 0.8, 1.0) == "0.900 (0.800–1.000)"
     assert format_interval(0.9, float("nan"), float("nan")) == "0.900"
     assert format_interval(float("nan"), float("nan"), float("nan")) == "—"
+    assert format_interval(-0.1, -0.25, 0.05) == "-0.100 (-0.250 to 0.050)"
+    shown = format_estimate(Estimate(value=-0.1, low=-0.25, high=0.05))
+    assert shown == "-0.100\n(-0.250 to 0.050)"
 
 
 def test_versions_name_what_is_installed() -> None:

@@ -9,6 +9,7 @@ import warnings
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from tests.conftest import ROOT
@@ -19,6 +20,8 @@ from utils.plots import (
     draw_precision_recall,
     draw_roc,
 )
+from utils.survival_plots import Group, draw_kaplan_meier
+from utils.value_plots import draw_residuals, draw_scatter
 
 
 def curve(n: int = 60, *, seed: int = 0, name: str = "fold 0", bold: bool = False) -> Curve:
@@ -84,6 +87,55 @@ def test_calibration_of_sure_and_unsure_predictions() -> None:
     assert pixels(draw_calibration(sure, labels)).std() > 5
     assert draw_calibration(sure, labels) != draw_calibration(unsure, labels)
     pixels(draw_calibration(np.array([[0.2, 0.3, 0.5]]), np.array([2])))
+
+
+# ---------------------------------------------------------------------------- values, survival
+
+@pytest.mark.parametrize("draw", [draw_scatter, draw_residuals])
+@pytest.mark.parametrize(("n", "values"), [(1, 1), (40, 2), (500, 5)])
+def test_pictures_of_values(draw: object, n: int, values: int) -> None:
+    rng = np.random.default_rng(0)
+    truths = rng.normal(size=(n, values)) * 10.0 ** np.arange(values)
+    names = ["$x", "腫瘍", "c", "d", "e"][:values]
+    png = draw(truths + rng.normal(size=truths.shape), truths, names)  # type: ignore[operator]
+    assert pixels(png).std() > 5
+    assert png != draw(truths * 0, truths, names)  # type: ignore[operator]
+    assert (pixels(png).shape[1] > pixels(draw(truths[:, :1], truths[:, :1], names[:1])  # type: ignore[operator]
+                                          ).shape[1]) == (values > 1)
+
+
+def group(n: int, *, scale: float, name: str = "Low risk", seed: int = 0) -> Group:
+    rng = np.random.default_rng(seed)
+    return Group(name=name, times=rng.exponential(scale, n), events=rng.random(n) < 0.5)
+
+
+def test_the_table_below_the_curves_counts_who_is_at_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number in the picture's table, at its place and with its tick."""
+    seen: dict[tuple[float, float], str] = {}
+    written = Axes.text
+
+    def text(self: Axes, x: float, y: float, s: str, **more: object) -> object:
+        seen[x, y] = s
+        return written(self, x, y, s, **more)
+
+    monkeypatch.setattr(Axes, "text", text)
+    groups = [group(30, scale=20), group(20, scale=8, name="High risk", seed=1)]
+    draw_kaplan_meier(groups, time_name="Time (months)", test="Log-rank test: p = 0.01")
+    assert "Log-rank test: p = 0.01" in seen.values()
+    table = {place: number for place, number in seen.items() if number.isdigit()}
+    assert len(table) >= 6 and {seen[0, 0], seen[0, -1]} == {"30", "20"}
+    for (time, row), number in table.items():
+        assert int(number) == (groups[int(-row)].times >= time).sum()
+
+
+def test_kaplan_meier_of_few_and_of_one_group() -> None:
+    png = draw_kaplan_meier([group(1, scale=5)], time_name="$t", test="none")
+    two = draw_kaplan_meier([group(9, scale=5), group(9, scale=50, name="High risk")],
+                            time_name="$t", test="none")
+    assert pixels(png).std() > 3 and two != png
+    pixels(two)
+    zero = Group(name="all at once", times=np.zeros(3), events=np.ones(3))
+    pixels(draw_kaplan_meier([zero], time_name="t", test=""))
 
 
 def test_matplotlib_is_loaded_late_and_pyplot_never() -> None:
