@@ -1,12 +1,14 @@
-"""What the benchmarks share: the fastest of several runs, peak memory, a process of its own."""
+"""What the benchmarks share: times of several runs, peak memory, a process of its own, a growth."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,31 @@ def best_of(repeats: int, work: Callable[[], object]) -> tuple[float, float]:
         work()
         runs.append((time.perf_counter() - wall, time.process_time() - cpu))
     return min(runs)
+
+
+def median_ms(work: Callable[[], object], repeats: int, *, warm_up: bool = True
+              ) -> tuple[float, float]:
+    """Median (wall, CPU) milliseconds of one call, after one to warm up unless there was one."""
+    if warm_up:
+        work()
+    wall, cpu = [], []
+    for _ in range(repeats):
+        start_wall, start_cpu = time.perf_counter(), time.process_time()
+        work()
+        cpu.append(time.process_time() - start_cpu)
+        wall.append(time.perf_counter() - start_wall)
+    return statistics.median(wall) * 1e3, statistics.median(cpu) * 1e3
+
+
+def growth(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The e of cost = c * size^e that fits best (least squares of the logarithms).
+
+    1 is linear; NaN with fewer than two sizes.
+    """
+    if len(set(sizes)) < 2:
+        return float("nan")
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
 
 
 def forget_peak() -> None:

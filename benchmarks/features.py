@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             slide = make_slide(Path(folder) / "synthetic.tif", side_px=8192)
         corners = tissue_patches(slide, options.patches)
-        write_h5(Path(folder) / "coords.h5", {"coords": corners}, parameters={}, chunk_rows=1)
+        write_h5(Path(folder) / "coords.h5", {"coords": corners}, parameters={},
+                 chunk_rows={"coords": 1})
         weights = in_new_process(save_random_resnet, Path(folder) / "resnet50.pth")
         print(f"{slide.name}: {len(corners)} patches of {READ_PX} px, resized to {TARGET_PX}; "
               f"{threads} threads, batches of {options.batch_size}")

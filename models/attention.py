@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from models.layers import Dropout, ReluDropout
+from models.linear import Linear
 
 HIDDEN = 512  # width of the embedding of an instance
 ATTENTION_WIDTH = {"small": 256, "big": 384}
@@ -28,8 +29,8 @@ class GatedAttention(nn.Module):
 
     def __init__(self, *, width: int, rows: int, drop: float) -> None:
         super().__init__()
-        self.attention_a = nn.Sequential(nn.Linear(HIDDEN, width), nn.Tanh())
-        self.attention_b = nn.Sequential(nn.Linear(HIDDEN, width), nn.Sigmoid())
+        self.attention_a = nn.Sequential(Linear(HIDDEN, width), nn.Tanh())
+        self.attention_b = nn.Sequential(Linear(HIDDEN, width), nn.Sigmoid())
         self.attention_c = nn.Linear(width, rows)
         self.dropout = Dropout(1.0 - (1.0 - drop) ** 2)
 
@@ -44,7 +45,7 @@ class PlainAttention(nn.Module):
 
     def __init__(self, *, width: int, rows: int, drop: float) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Linear(HIDDEN, width), nn.Tanh()]
+        layers: list[nn.Module] = [Linear(HIDDEN, width), nn.Tanh()]
         if drop > 0.0:
             layers.append(Dropout(drop))
         self.module = nn.Sequential(*layers, nn.Linear(width, rows))
@@ -63,7 +64,7 @@ class AttentionNet(nn.Sequential):
     ) -> None:
         attention = GatedAttention if gated else PlainAttention
         super().__init__(
-            nn.Linear(embed_dim, HIDDEN), ReluDropout(dropout),
+            Linear(embed_dim, HIDDEN), ReluDropout(dropout),
             nn.Identity(),  # keeps the attention at its published place
             attention(width=ATTENTION_WIDTH[model_size], rows=rows, drop=attention_dropout))
 

@@ -1,6 +1,7 @@
 """Checkpoints of every age into the key names of today's models.
 
-Published and user-made CLAM checkpoints differ in naming only: wrapped for several GPUs, an
+Published and user-made checkpoints differ in packing and naming only: a state dict inside a
+dictionary of the training, wrapped for several GPUs, an encoder beside the slide model, an
 attention one place earlier, a loss buffer, older baselines. Each is renamed by rule, what was done
 is told, and what still does not fit is refused by what it is ("expected ..., found ...").
 """
@@ -9,16 +10,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from models.infer import infer_spec, model_type_of
 from utils.errors import Refused
 
 State = dict[str, torch.Tensor]
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# DistributedDataParallel, torch.compile, a Lightning module around the model
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Where a training program keeps the weights: Lightning; ABMILX, whose teacher is their mean
+_WEIGHTS = ("state_dict", "model", "teacher")
 _SHOWN = 4  # keys named in a message
+
+
+def state_dict_in(
+    saved: Mapping[Any, Any], *, averaged: bool = False
+) -> tuple[Mapping[Any, Any], list[str]]:
+    """The state dict inside what a training program saved, and a note if it was packed.
+
+    averaged: take the running mean of the weights where both are there
+    """
+    order = sorted(_WEIGHTS, key=lambda name: name != "teacher") if averaged else _WEIGHTS
+    for name in order:
+        inner = saved.get(name)
+        if isinstance(inner, Mapping) and inner:
+            return inner, [f"took '{name}' out of the checkpoint of a training program"]
+    return saved, []
+
+
+def plain_names(state: Mapping[str, torch.Tensor]) -> State:
+    """``state`` under today's names as far as they can be told without the model."""
+    cleaned = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    for convert in _CONVERSIONS:
+        cleaned, _ = convert(cleaned, {})
+    return cleaned
 
 
 def clean_state_dict(
@@ -56,11 +85,24 @@ def _drop_loss(state: State, wanted: State) -> tuple[State, str]:
 
 
 def _unwrap(state: State, wanted: State) -> tuple[State, str]:
-    for prefix in _WRAPPERS * 2:  # either may lie around the other
+    for prefix in _WRAPPERS * 2:  # each may lie around another
         if all(name.startswith(prefix) for name in state) and not any(
                 name.startswith(prefix) for name in wanted):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state, "removed the prefix of a wrapped model (module. or _orig_mod.)"
+    return state, f"removed the prefix of a wrapped model ({' or '.join(_WRAPPERS)})"
+
+
+def _without_encoder(state: State, wanted: State) -> tuple[State, str]:
+    inside = {name.removeprefix("mil."): value for name, value in state.items()
+              if name.startswith("mil.")}
+    encoder = sum(name.startswith("encoder.") for name in state)
+    note = (f"took the slide model out of an end-to-end checkpoint (mil.) and left out its patch "
+            f"encoder ({encoder} entries)")
+    if not inside or any(name.startswith("mil.") for name in wanted):
+        return state, note
+    others = {name: value for name, value in state.items()
+              if not name.startswith(("mil.", "encoder."))}
+    return {**others, **inside}, note
 
 
 def _unparallel(state: State, wanted: State) -> tuple[State, str]:
@@ -104,8 +146,14 @@ def _old_mil_mc(state: State, wanted: State) -> tuple[State, str]:
     return joined, note
 
 
+def _old_dsmil(state: State, wanted: State) -> tuple[State, str]:
+    state = _rename(state, r"^i_classifier\.fc\.(weight|bias)$", r"i_classifier.fc.0.\1")
+    return state, "renamed the instance classifier of an early DSMIL (i_classifier.fc)"
+
+
 _CONVERSIONS: tuple[Callable[[State, State], tuple[State, str]], ...] = (
-    _drop_loss, _unwrap, _unparallel, _move_attention, _ungated, _old_mil, _old_mil_mc)
+    _drop_loss, _unwrap, _without_encoder, _unparallel, _move_attention, _ungated, _old_mil,
+    _old_mil_mc, _old_dsmil)
 
 
 # ---------------------------------------------------------------------------- what fits
@@ -138,25 +186,18 @@ def _key_problems(state: State, wanted: State) -> Iterator[str]:
 
 def _describe(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What a state dict of one of our models is, in words; empty for a model not known here."""
-    trunk = state.get("attention_net.0.weight", state.get("fc.0.weight"))
-    if trunk is None or trunk.ndim != 2:
+    kind = model_type_of(state)
+    if kind is None:
         return {}
-    words = {"model type": _model_type(state), "feature width": str(trunk.shape[1])}
-    heads = [name for name in state if re.fullmatch(r"classifiers\.\d+\.weight", name)]
-    head = state.get("classifiers.weight", state.get("classifier.weight"))
-    if heads or head is not None:
-        words["number of classes"] = str(len(heads) if head is None else head.shape[0])
-    for name, kind in (("attention_a.0", "gated"), ("module.0", "ungated")):
-        attention = state.get(f"attention_net.3.{name}.weight")
-        if attention is not None:
-            words["attention"] = kind
-            words["attention width"] = str(attention.shape[0])
-    return words
-
-
-def _model_type(state: Mapping[str, torch.Tensor]) -> str:
-    if "fc.0.weight" in state:
-        return "mil"
-    if "classifiers.0.weight" in state:
-        return "clam_mb"
-    return "clam_sb" if "instance_classifiers.0.weight" in state else "abmil"
+    found = infer_spec(kind, state)
+    words = {"model type": kind}
+    for name, title in (("embed_dim", "feature width"), ("n_classes", "number of classes"),
+                        ("n_levels", "number of levels")):
+        if name in found:
+            words[title] = str(found[name])
+    for name, attention in (("attention_a.0", "gated"), ("module.0", "ungated")):
+        weight = state.get(f"attention_net.3.{name}.weight")
+        if weight is not None:
+            words["attention"] = attention
+            words["attention width"] = str(weight.shape[0])
+    return {**words, **{name: str(value) for name, value in found.get("options", {}).items()}}

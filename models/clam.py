@@ -10,33 +10,17 @@ State-dict keys are the published ones: ``attention_net`` (see ``models.attentio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import nn
 
 from models.attention import HIDDEN, AttentionNet, pool
+from models.instance_loss import InstanceLoss, class_of, cluster_instances
 from models.layers import features_of, slide_step, stack_linears
 from utils.contracts import Bag, SlideOutput, StepLoss
-from utils.errors import ItemFailed
 from utils.losses import LOSSES
 from utils.objectives import Classification, Objective
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstanceLoss:
-    """The clustering branch on one bag.
-
-    value:       scalar with graph; 0 when the bag is too small to sample from
-    targets:     (M,) 1 = evidence of the class, 0 = none; classes in index order, within the
-                 slide's own class first the highest attention, then the lowest
-    predictions: (M,) argmax of the instance classifiers
-    """
-
-    value: torch.Tensor
-    targets: torch.Tensor
-    predictions: torch.Tensor
 
 
 class CLAM_SB(nn.Module):
@@ -112,48 +96,17 @@ class CLAM_SB(nn.Module):
         h, scores = self.attention_net(features_of(bag, self.embed_dim))
         output = self._output(h, scores)
         slide = self.objective.loss(output.logits, bag)
-        if bag.label is None:
-            raise ItemFailed(f"{bag.slide_id}: instance clustering needs a class")
-        instances = self.instance_loss(h, scores, bag.label)
+        instances = self.instance_loss(h, scores, class_of(bag))
         yield StepLoss(
             value=self.bag_weight * slide + (1.0 - self.bag_weight) * instances.value,
             slide_loss=slide.detach(), parts={"instance_loss": instances.value.detach()},
             output=output, targets=instances.targets, predictions=instances.predictions)
 
     def instance_loss(self, h: torch.Tensor, scores: torch.Tensor, label: int) -> InstanceLoss:
-        """Clustering loss of instances (N, 512) with raw scores (K, N) for a slide of class label.
-
-        The k highest-attention instances of the slide's class are its evidence, the k lowest are
-        not; with ``subtyping`` the k highest of every other class are no evidence of that class,
-        and the sum over classes is divided by C. k is ``k_sample``; a bag of fewer instances
-        gives half of them to each end (k = N // 2, so a bag of one has no instance loss).
-        """
-        n = scores.shape[1]
-        k = self.k_sample if n >= self.k_sample else n // 2
-        if k == 0:
-            none = torch.zeros(0, dtype=torch.long, device=h.device)
-            return InstanceLoss(value=h.new_zeros(()), targets=none, predictions=none)
-        groups = self._groups(label)
-        rows = scores.detach().expand(self.n_classes, -1)
-        picked = torch.stack([
-            (rows[c] if highest else -rows[c]).topk(k).indices for c, highest in groups])
-        # only the classifiers in use: the others keep no gradient and so no weight decay
-        weight, bias = stack_linears(self.instance_classifiers[c] for c, _ in groups)
-        logits = torch.baddbmm(bias[:, None], h[picked], weight.transpose(1, 2))  # (G, k, 2)
-        targets = torch.tensor([int(c == label and highest) for c, highest in groups],
-                               device=h.device).repeat_interleave(k)
-        by_row = self.inst_loss(logits.flatten(0, 1), targets, reduction="none")
-        by_group = by_row.view(len(groups), k).mean(dim=1)
-        share = by_group.new_tensor([0.5 if c == label else 1.0 for c, _ in groups])
-        value = (by_group * share).sum() / (self.n_classes if self.subtyping else 1)
-        return InstanceLoss(
-            value=value, targets=targets, predictions=logits.detach().argmax(dim=2).flatten())
-
-    def _groups(self, label: int) -> list[tuple[int, bool]]:
-        """The (class, highest or lowest attention) groups to sample for a slide of class label."""
-        classes = range(self.n_classes) if self.subtyping else (label,)
-        return [(c, highest) for c in classes for highest in (True, False)
-                if highest or c == label]
+        """Clustering loss of instances (N, 512), see ``models.instance_loss``."""
+        return cluster_instances(
+            h, scores, label, self.instance_classifiers, k_sample=self.k_sample,
+            subtyping=self.subtyping, loss=self.inst_loss)
 
 
 class CLAM_MB(CLAM_SB):

@@ -9,7 +9,8 @@ with antialias, rounded to uint8, as Pillow does), to 0..1, minus mean, divided 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ from models.encoder_weights import Weights, find_weights
 from utils.devices import Precision, autocast, check_precision, pick_device
 from utils.errors import Refused
 from utils.resize import resize_shorter_side
+from utils.storage import differences
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "encoder_record", "encoder_spec",
-           "load_encoder"]
+           "load_encoder", "matching_encoder"]
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,19 @@ def load_encoder(name: str, *, checkpoint: Path | None = None, target_px: int = 
     network = spec.build(weights).eval().requires_grad_(False)
     return Encoder(spec, network, weights=weights, target_px=target_px, device=place,
                    precision=precision)
+
+
+def matching_encoder(record: Mapping[str, Any], *, checkpoint: Path | None = None,
+                     device: str = "cpu") -> Callable[[], Encoder]:
+    """What loads the very encoder that made features of this ``record``; ``Refused`` when the
+    weights found are others."""
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "target_px": record.get("target_px", 224),
+                                "precision": record.get("precision", "fp32")}
+    name = str(record["name"])
+    if other := differences(record, encoder_record(name, **settings)):
+        raise Refused(f"encoder '{name}' is not the one that made the features ({other}): give its "
+                      "weights with --encoder_ckpt")
+    return partial(load_encoder, name, device=device, **settings)
 
 
 class Encoder:

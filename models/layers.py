@@ -117,3 +117,20 @@ class ReluDropout(Dropout):
             return x.relu_()
         masked: torch.Tensor = _ReluMasked.apply(x, keep_mask(x, self.drop), self.scale)
         return masked
+
+
+def redo_rows(trunk: nn.Sequential, features: torch.Tensor, h: torch.Tensor,
+              rows: torch.Tensor) -> torch.Tensor:
+    """Embeddings (n, H) of a few ``rows`` (n,) with a graph, of ``h`` (N, H) made without one.
+
+    trunk: a linear layer and its ``ReluDropout``, of which h is the result on ``features``; the
+    rows keep the dropout masks they have there. So a model that listens to a few patches only pays
+    for the gradient of these.
+    """
+    if not torch.is_grad_enabled():
+        return h[rows]
+    torch.clear_autocast_cache()  # older torch would reuse weights cast without a graph
+    linear, activation = cast(nn.Linear, trunk[0]), cast(ReluDropout, trunk[1])
+    scale = activation.scale if activation.training else 1.0
+    embedding: torch.Tensor = linear(features[rows]) * (h[rows] > 0) * scale
+    return embedding

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from models.attention import HIDDEN
-from models.layers import ReluDropout, features_of, slide_step
+from models.layers import ReluDropout, features_of, redo_rows, slide_step
+from models.linear import Linear
 from utils.contracts import Bag, SlideOutput, StepLoss
 from utils.objectives import Classification, Objective
 
@@ -31,7 +32,7 @@ class MIL_fc_mc(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.objective = objective or Classification(n_classes=n_classes)
-        self.fc = nn.Sequential(nn.Linear(embed_dim, HIDDEN), ReluDropout(dropout))
+        self.fc = nn.Sequential(Linear(embed_dim, HIDDEN), ReluDropout(dropout))
         self.add_module(self.head_name, nn.Linear(HIDDEN, n_classes))
 
     def choose(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -50,12 +51,7 @@ class MIL_fc_mc(nn.Module):
             h = self.fc(features)
             probabilities = head(h).float().softmax(dim=1)
             row = self.choose(probabilities)
-        embedding = h[row][None]
-        if torch.is_grad_enabled():
-            torch.clear_autocast_cache()  # older torch would reuse weights cast without a graph
-            linear, activation = self.fc
-            scale = activation.scale if self.training else 1.0
-            embedding = linear(features[row][None]) * (embedding > 0) * scale
+        embedding = redo_rows(self.fc, features, h, row[None])
         return SlideOutput(logits=head(embedding), embedding=embedding, instances=probabilities)
 
     def losses(self, bag: Bag) -> Iterator[StepLoss]:

@@ -1,18 +1,19 @@
 """A trained slide model as it lies on disk: a state dict, and beside it a json that describes it.
 
 ``s_{k}_checkpoint.pt`` holds tensors only (CLAM reads it); ``s_{k}_checkpoint.json`` holds the
-model's spec, the classes and the encoder of the features. CLAM's own checkpoints have no json:
-then flags say what the model is.
+model's spec, the classes and the encoder of the features. Checkpoints of the published programs
+have no json: what their weights tell is read from them, and flags say the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.slide_models import SlideModelSpec, build_slide_model
+from models.options import options_of
+from models.slide_models import SLIDE_MODELS, SlideModelSpec, build_slide_model
 from utils.errors import BrokenFile, Refused
 from utils.options import from_mapping
 from utils.storage import file_sha256, load_torch, read_json
@@ -21,7 +22,8 @@ from utils.training_state import STATE_FILE
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-DEFAULT_MODEL = {"model_type": "clam_sb", "embed_dim": 1024}  # of a checkpoint without json
+DEFAULT_MODEL = {"model_type": "clam_sb", "embed_dim": 1024}  # where neither weights nor flags tell
+AVERAGED = "_ema_"  # in the file names of checkpoints whose weights are a running mean
 _FLAG_OF = {"dropout": "drop_out"}  # where a field of the spec and its flag differ in name
 
 
@@ -30,7 +32,8 @@ class TrainedModel:
     """A checkpoint that was read and fits its spec.
 
     state: tensors under the names of our model; encoder: record of the features it was trained
-    on, None when unknown; described: whether a json lay beside it; notes: what was converted.
+    on, None when unknown; described: whether a json lay beside it; record: that json, else empty;
+    notes: what was converted.
     """
 
     path: Path
@@ -40,12 +43,36 @@ class TrainedModel:
     encoder: dict[str, Any] | None
     described: bool
     notes: tuple[str, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The model with its weights, on the CPU."""
         model = build_slide_model(self.spec)
         model.load_state_dict(dict(self.state))
         return model
+
+    @property
+    def val_is_test(self) -> bool:
+        """Were the test slides the validation slides of its training?"""
+        return bool(self.record.get("settings", {}).get("val_is_test"))
+
+    def with_options(self, **options: Any) -> TrainedModel:
+        """The same weights with other options of its family; ``Refused`` for foreign ones."""
+        return replace(self, spec=replace(self.spec, options={**self.spec.options, **options}))
+
+    def finer_levels(self, given: Sequence[int], *, dirs: int = 0) -> tuple[int, ...]:
+        """The finer levels as given, or as in training; () when ``dirs`` folders are given.
+
+        ``Refused`` when there are not as many as the model has.
+        """
+        found = tuple(given or (() if dirs else self.record.get("child_levels", ())))
+        wanted, number = self.spec.n_levels - 1, len(found) + dirs
+        if number != wanted:
+            raise Refused(f"checkpoint {self.path} ({self.spec.model_type}) takes {wanted} finer "
+                          f"levels, found {number}: " + (
+                              "give them with --child_levels or --child_dirs" if wanted else
+                              "leave --child_levels and --child_dirs out"))
+        return found
 
     def check_features(self, width: int, encoder: Mapping[str, Any] | None) -> None:
         """``Refused`` when features have another width, or come from another encoder.
@@ -69,40 +96,64 @@ def load_trained(path: Path, *, class_names: Sequence[str], fold: int | None = N
                  **flags: Any) -> TrainedModel:
     """Read a checkpoint; tensors only, nothing in it can run.
 
-    class_names: the classes of the task at hand; fold: the fold it must belong to
-    flags: fields of ``SlideModelSpec`` that the user gave; None = not given
+    class_names: the classes (or labels, or values) of the task at hand, none for survival
+    fold: the fold it must belong to
+    flags: fields of ``SlideModelSpec`` that the user gave (``options``: only those given, those of
+    other families are left out); None = not given. Without a json they win over what the weights
+    tell
     Raises ``Refused`` when it is missing, damaged, holds objects, contradicts a flag, or was made
     for other classes, another fold or another model.
     """
-    from models.checkpoints import clean_state_dict
+    from models.checkpoints import clean_state_dict, state_dict_in
 
     given = {name: value for name, value in flags.items() if value is not None}
     beside = path.with_suffix(".json")
     try:
-        state, sha256 = load_torch(path), file_sha256(path)
+        saved, sha256 = load_torch(path), file_sha256(path)
         record = read_json(beside) if beside.exists() else None
     except BrokenFile as error:
         raise Refused(f"checkpoint {error}") from None
-    if not isinstance(state, Mapping):
-        raise Refused(f"checkpoint {path} holds a {type(state).__name__}, expected a state dict")
+    if not isinstance(saved, Mapping):
+        raise Refused(f"checkpoint {path} holds a {type(saved).__name__}, expected a state dict")
+    state, notes = state_dict_in(saved, averaged=AVERAGED in path.name)
     if record is None:
         _require_finished(path, fold)
-        spec = SlideModelSpec(**{**DEFAULT_MODEL, **given, "n_classes": len(class_names),
-                                 "gated": _is_gated(state)})
+        spec = _inferred_spec(state, class_names, given)
     else:
         spec = _described_spec(beside, record, class_names, fold, given)
         if record.get("checkpoint_sha256") not in (None, sha256):
             raise Refused(f"checkpoint {path} was altered after training (its checksum is not that "
                           f"in {beside}): restore it or train the fold again")
     try:
-        clean, notes = clean_state_dict(state, build_slide_model(spec))
+        clean, converted = clean_state_dict(state, build_slide_model(spec))
     except Refused as error:
         remedy = "" if record else ": give model_type, model_size and embed_dim as in training"
         raise Refused(f"checkpoint {path}: {str(error).removeprefix('checkpoint: ')}{remedy}"
                       ) from None
     return TrainedModel(path=path, spec=spec, state=clean, sha256=sha256,
                         encoder=(record or {}).get("encoder"), described=record is not None,
-                        notes=tuple(f"{path.name}: {note}" for note in notes))
+                        record=record or {},
+                        notes=tuple(f"{path.name}: {note}" for note in [*notes, *converted]))
+
+
+def _inferred_spec(state: Mapping[Any, Any], class_names: Sequence[str],
+                   given: Mapping[str, Any]) -> SlideModelSpec:
+    """The spec of a model without a json: from flags, then its weights, then ``DEFAULT_MODEL``."""
+    from models.checkpoints import plain_names
+    from models.infer import infer_spec, model_type_of
+
+    weights = plain_names(state)
+    told = model_type_of(weights)
+    kind = str(given.get("model_type") or (told if told in SLIDE_MODELS else None)
+               or DEFAULT_MODEL["model_type"])
+    found = {**DEFAULT_MODEL, **infer_spec(kind, weights), "model_type": kind}
+    if class_names:
+        found["n_classes"] = len(class_names)
+    own = options_of(kind, {}, source=kind)
+    options = {**found.pop("options", {}), **{
+        name: value for name, value in given.get("options", {}).items() if name in own}}
+    found.setdefault("n_classes", 0)  # refused, with its limit
+    return SlideModelSpec(**{**found, **given, "options": options})
 
 
 def _described_spec(path: Path, record: Any, class_names: Sequence[str], fold: int | None,
@@ -114,20 +165,42 @@ def _described_spec(path: Path, record: Any, class_names: Sequence[str], fold: i
     missing = {"model_type", "embed_dim", "n_classes"} - set(values)
     if missing:
         raise Refused(f"{path}: spec has no {', '.join(sorted(missing))}")
-    wrong = [f"{_FLAG_OF.get(name, name)} is {value}, but the checkpoint was trained with "
-             f"{values[name]}" for name, value in given.items()
-             if name in values and values[name] != value]
+    wrong = [f"{_FLAG_OF.get(name, name)} is {value}, but the checkpoint was trained with {was}"
+             for name, value, was in _both(given, values) if value != was]
     if wrong:
         raise Refused(f"{'; '.join(wrong)} (says {path}): leave it out")
     if fold is not None and record.get("fold") not in (None, fold):
         raise Refused(f"{path} belongs to fold {record['fold']}, expected fold {fold}: files were "
                       "renamed or mixed")
-    trained = [str(name) for name in record.get("class_names") or []]
-    if values["n_classes"] != len(class_names) or (trained and trained != list(class_names)):
+    trained = list(output_names(record))
+    other_names = bool(trained) and trained != list(class_names)
+    if other_names or (class_names and values["n_classes"] != len(class_names)):
         raise Refused(f"{path}: the model knows the classes {', '.join(trained) or '?'} "
                       f"({values['n_classes']}), the task has {', '.join(class_names)} "
                       f"({len(class_names)}): evaluate with the label map it was trained with")
     return SlideModelSpec(**values)
+
+
+def _both(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, flag, record) of every field and model option that both sides tell."""
+    given = {**given, **given.get("options", {})}
+    told = {"task_type": "classification", **values, **values.get("options", {})}
+    for name, value in given.items():
+        if name in told and name != "options":
+            yield name, value, told[name]
+
+
+def output_names(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes, labels or values that a checkpoint's json names; none for survival.
+
+    Of tasks other than classification its ``class_names`` are strata of slides, where it has
+    ``target_names`` too.
+    """
+    task_type = record.get("spec", {}).get("task_type", "classification")
+    if task_type == "survival":
+        return ()
+    own = "class_names" if task_type == "classification" else "target_names"
+    return tuple(map(str, record.get(own) or record.get("class_names") or ()))
 
 
 def _require_finished(path: Path, fold: int | None) -> None:
@@ -135,9 +208,3 @@ def _require_finished(path: Path, fold: int | None) -> None:
     if fold is not None and (path.parent / str(fold) / STATE_FILE).exists():
         raise Refused(f"checkpoint {path} belongs to a fold whose training is not finished: run "
                       "the same main.py command again")
-
-
-def _is_gated(state: Mapping[str, Any]) -> bool:
-    """Does the attention have a gate? Models without attention count as gated (it is unused)."""
-    names = [str(name) for name in state if "attention" in str(name)]
-    return not names or any("attention_b" in name for name in names)

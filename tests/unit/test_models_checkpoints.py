@@ -37,6 +37,11 @@ def head_at_two(state: State) -> State:
     return rename(state, r"^attention_net\.3\.", "attention_net.2.")
 
 
+def end_to_end(state: State) -> State:
+    return {"encoder.model.conv1.weight": torch.zeros(2), "encoder.model.bn1.bias": torch.ones(2),
+            **rename(state, "^", "mil.")}
+
+
 def old_mil(state: State) -> State:
     return rename(rename(state, r"^classifier\.", "classifier.3."), r"^fc\.", "classifier.")
 
@@ -58,9 +63,14 @@ def old_mil_mc(state: State) -> State:
     return state
 
 
-SB, MB, MIL, MIL3 = {}, {"model_type": "clam_mb"}, {"model_type": "mil"}, {
+SB: dict[str, Any] = {}
+MB, MIL, MIL3 = {"model_type": "clam_mb"}, {"model_type": "mil"}, {
     "model_type": "mil", "n_classes": 3}
 UNGATED = {"gated": False}
+ABMILX = {"model_type": "abmilx", "options": {"inner_dim": 16}}
+DSMIL = {"model_type": "dsmil"}
+TRANSMIL = {"model_type": "transmil", "options": {"inner_dim": 16}}
+HAG = {"model_type": "hag_mil", "n_levels": 3, "options": {"hidden_dims": (16,)}}
 VARIANTS: list[tuple[str, dict[str, Any], Callable[[State], State], str | None]] = [
     ("as it is", SB, dict, None),
     ("the CLAM class of 2020", MB, dict, None),
@@ -88,6 +98,20 @@ VARIANTS: list[tuple[str, dict[str, Any], Callable[[State], State], str | None]]
     ("MIL_fc, parallel", MIL, lambda s: rename(s, r"^fc\.", "fc.module."), "DataParallel"),
     ("MIL_fc_mc", MIL3, dict, None),
     ("early MIL_fc_mc", MIL3, old_mil_mc, "early MIL_fc_mc"),
+    ("end to end", ABMILX, end_to_end, "patch encoder (2 entries)"),
+    ("end to end, CLAM", SB, end_to_end, "patch encoder (2 entries)"),
+    ("end to end, several GPUs", ABMILX, lambda s: rename(end_to_end(s), "^", "module."),
+     "patch encoder (2 entries)"),
+    ("mil. without an encoder", ABMILX, lambda s: rename(s, "^", "mil."), "(0 entries)"),
+    ("TransMIL in Lightning", TRANSMIL, lambda s: rename(s, "^", "model."), "wrapped"),
+    ("HAG-MIL as published", HAG, dict, None),
+    ("HAG-MIL with its loss", HAG, lambda s: {
+        **s, "model2.instance_loss_fn.labels": torch.arange(2)}, "instance_loss_fn"),
+    ("HAG-MIL in Lightning", HAG, lambda s: rename(s, "^", "model."), "wrapped"),
+    ("DSMIL", DSMIL, dict, None),
+    ("early DSMIL", DSMIL, lambda s: rename(s, r"^i_classifier\.fc\.0", "i_classifier.fc"),
+     "early DSMIL"),
+    ("DSMIL, several GPUs", DSMIL, lambda s: rename(s, "^", "module."), "wrapped"),
 ]
 
 
@@ -122,6 +146,18 @@ def test_variant_loads(
     ({"gated": False}, SB, "expected attention gated, found attention ungated"),
     ({"model_type": "clam_mb", "embed_dim": 20}, SB,
      "expected model type clam_sb, feature width 16, found model type clam_mb, feature width 20"),
+    (SB, ABMILX, "expected model type abmilx, found model type clam_sb"),
+    (ABMILX, SB, "expected model type clam_sb, found model type abmilx"),
+    (TRANSMIL, DSMIL, "expected model type dsmil, found model type transmil"),
+    (DSMIL, TRANSMIL, "expected model type transmil, found model type dsmil"),
+    (DSMIL, HAG, "expected model type hag_mil, .*found model type dsmil"),
+    ({"model_type": "max"}, SB, "expected model type clam_sb, found model type mean or max"),
+    ({**HAG, "n_levels": 2}, HAG, "expected number of levels 3, found number of levels 2"),
+    ({**DSMIL, "n_classes": 3}, DSMIL, "expected number of classes 2, found number of classes 3"),
+    ({**ABMILX, "options": {"inner_dim": 16, "n_heads": 4}}, ABMILX,
+     "expected n_heads 8, found n_heads 4"),
+    ({**ABMILX, "options": {"inner_dim": 16, "abx_attn_plus": False}}, ABMILX,
+     "expected abx_attn_plus True, found abx_attn_plus False"),
 ])
 def test_another_model_is_refused_by_what_it_is(
     saved: dict[str, Any], asked: dict[str, Any], message: str

@@ -116,9 +116,9 @@ def test_instances_are_picked_from_both_ends_of_the_attention() -> None:
     assert float(found.value.detach()) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"objective": Classification(n_classes=2, loss_name="svm")}, {"inst_loss": "svm"},
-                                    {"k_sample": 3}, {"subtyping": True}, {"gated": False},
-                                    {"model_size": "big"}])
+@pytest.mark.parametrize("option", [
+    {"objective": Classification(n_classes=2, loss_name="svm")}, {"inst_loss": "svm"},
+    {"k_sample": 3}, {"subtyping": True}, {"gated": False}, {"model_size": "big"}])
 def test_every_option_changes_the_loss(option: dict[str, Any]) -> None:
     plain, changed = one_step(make(), make_bag()), one_step(make(**option), make_bag())
     assert float(plain.value) != pytest.approx(float(changed.value), abs=1e-6)

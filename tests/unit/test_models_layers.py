@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from models.layers import Dropout, ReluDropout, features_of, keep_mask
-from utils.objectives import Classification
 from utils.contracts import Bag
 from utils.errors import ItemFailed
+from utils.objectives import Classification
 
 
 @pytest.mark.parametrize("drop", [0.25, 0.4375, 0.1, 1 / 3, 0.5, 0.9])

@@ -1,0 +1,57 @@
+"""The fast linear layer is ``nn.Linear``: values, gradients and names, however it is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models import linear
+from models.linear import Linear
+
+
+def pair(width_in: int, width_out: int, *, bias: bool = True) -> tuple[Linear, nn.Linear]:
+    torch.manual_seed(0)
+    fast, plain = (kind(width_in, width_out, bias=bias) for kind in (Linear, nn.Linear))
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+def rows(shape: tuple[int, ...], kind: str) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    if kind == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == "every second":
+        x = x.repeat_interleave(2, dim=-1)[..., ::2]
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "transposed", "every second"])
+@pytest.mark.parametrize("shape", [(1, 5), (7, 5), (1, 9, 5), (2, 3, 4, 5)])
+def test_values_and_gradients(shape: tuple[int, ...], kind: str, public: bool,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """public: PyTorch without the call that spares the copies."""
+    if public:
+        monkeypatch.setattr(linear, "_DIRECT", None)
+    for bias in (True, False):
+        fast, plain = pair(5, 3, bias=bias)
+        mine, theirs = rows(shape, kind), rows(shape, kind)
+        weight = torch.randn(*shape[:-1], 3)
+        (fast(mine) * weight).sum().backward()
+        (plain(theirs) * weight).sum().backward()
+        torch.testing.assert_close(fast(mine), plain(theirs))
+        torch.testing.assert_close(mine.grad, theirs.grad)
+        for one, other in zip(fast.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_float32_takes_the_fast_way_and_the_rest_the_plain_one(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, plain = pair(5, 3)
+    x = torch.randn(4, 5)
+    monkeypatch.setattr(linear._OneDnnLinear, "apply", lambda *_: torch.full((4, 3), 7.0))
+    assert torch.equal(fast(x), torch.full((4, 3), 7.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), plain(x)) and fast(x).dtype == torch.bfloat16
+    assert torch.equal(fast.double()(x.double()), plain.double()(x.double()))
