@@ -6,10 +6,11 @@
 The config is looked up in heatmaps/configs/ or taken as a path; config_template.yaml there explains
 every key. A slide is encoded once without overlap and once with (what coincides is not encoded
 again), and each result is kept with the parameters that it was made with: the same command again
-only does what is missing. Writes <raw_save_dir>/<exp>/<label>/<slide>/ (features, scores, mask),
-<production_save_dir>/<exp>/ (pictures, sampled patches, <slide>_attention.geojson for QuPath),
-heatmaps/results/<list>.csv and <raw_save_dir>/<exp>/report_heatmaps.csv. Asks before it starts when
-run on a terminal without --yes.
+only does what is missing. A hag_mil of several magnifications has a map a level instead, with the
+patches outlined that it looked into. Writes <raw_save_dir>/<exp>/<label>/<slide>/ (features,
+scores, mask), <production_save_dir>/<exp>/ (pictures, sampled patches, <slide>_attention.geojson
+for QuPath), heatmaps/results/<list>.csv and <raw_save_dir>/<exp>/report_heatmaps.csv. Asks before
+it starts when run on a terminal without --yes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from tqdm import tqdm
 
 from datasets.heatmap_config import HeatmapConfig, as_yaml, find_config, load_config
 from datasets.heatmap_items import HeatmapItem, list_items
+from datasets.heatmap_levels import find_children
 from datasets.heatmap_pictures import process_slide
-from datasets.heatmap_slide import Tools, score_bag
+from datasets.heatmap_scores import Outputs, Tools, score_bag
 from models.encoders import load_encoder
-from models.trained import TrainedModel, load_trained
+from models.options import read_model_options
+from models.trained import TrainedModel, load_trained, output_names
 from utils.contracts import Bag, SlideModel
 from utils.devices import Precision, check_precision, pick_device
 from utils.errors import EXIT_OK, BrokenFile, Refused, run_script
@@ -72,37 +75,49 @@ def confirm() -> None:
         raise Refused("not started, as you answered; --yes skips the question")
 
 
-def read_model(config: HeatmapConfig) -> tuple[TrainedModel, tuple[str, ...]]:
-    """The checkpoint, checked against the json beside it, and the names of its classes."""
-    asked, n_classes = config.model_arguments, config.exp_arguments.n_classes
+def read_model(config: HeatmapConfig) -> tuple[TrainedModel, Outputs]:
+    """The checkpoint, checked against the json beside it, and the names of its outputs."""
+    asked, n_outputs = config.model_arguments, config.exp_arguments.n_classes
     beside = asked.ckpt_path.with_suffix(".json")
-    names = config.class_names
-    if names is None and beside.exists():
-        try:
-            names = tuple(map(str, read_json(beside).get("class_names") or ()))
-        except (BrokenFile, AttributeError):
-            raise Refused(f"{beside} does not describe a checkpoint: restore it") from None
-    names = names or tuple(map(str, range(n_classes)))
-    if len(names) != n_classes:
-        raise Refused(f"n_classes is {n_classes}, but {beside} names {', '.join(names)}")
+    source = str(beside)
+    try:
+        record = read_json(beside) if beside.exists() else {}
+        names: tuple[str, ...] = output_names(record)
+        task_type = asked.task_type or record.get("spec", {}).get("task_type", "classification")
+    except (BrokenFile, AttributeError):
+        raise Refused(f"{beside} does not describe a checkpoint: restore it") from None
+    if task_type == "classification" and config.class_names is not None:
+        names, source = config.class_names, "label_dict"
+    if task_type != "survival":
+        names = names or tuple(map(str, range(n_outputs)))
+        if len(names) != n_outputs:
+            raise Refused(f"n_classes is {n_outputs}, but {source} names "
+                          f"{', '.join(names)}")
     trained = load_trained(
-        asked.ckpt_path, class_names=names, model_type=asked.model_type,
+        asked.ckpt_path, class_names=names, model_type=asked.model_type, task_type=task_type,
         model_size=asked.model_size, embed_dim=asked.embed_dim,
+        options=asked.model_options and read_model_options(asked.model_options),
         dropout=None if beside.exists() else asked.drop_out)
+    if trained.spec.n_classes != n_outputs:
+        raise Refused(f"n_classes is {n_outputs}, but the model of {asked.ckpt_path} has "
+                      f"{trained.spec.n_classes} outputs: correct n_classes")
     for note in trained.notes:
         print(f"note: {note}")
-    return trained, names
+    return trained, Outputs(task_type=task_type, names=names)
 
 
-def require_attention(model: SlideModel, trained: TrainedModel) -> None:
-    """``Refused`` for a model that has no attention to draw."""
+def needs_bags(model: SlideModel, trained: TrainedModel) -> bool:
+    """Whether a patch's raw attention depends on the bag; ``Refused`` for a model without any."""
     import torch
 
+    if trained.spec.n_levels > 1:
+        return True
     with torch.inference_mode():
         output = model(Bag(slide_id="", features=torch.zeros(1, trained.spec.embed_dim)))
     if output.attention is None:
         raise Refused(f"model_type {trained.spec.model_type} has no attention, a heatmap needs "
-                      "clam_sb, clam_mb or abmil")
+                      "abmil, abmilx, clam_sb, clam_mb, dsmil, hag_mil or transmil")
+    return model.contextual or output.heads is not None  # heads: weights that sum to 1
 
 
 def load_tools(config: HeatmapConfig, *, device: torch.device, precision: Precision,
@@ -110,21 +125,24 @@ def load_tools(config: HeatmapConfig, *, device: torch.device, precision: Precis
     """Encoder and slide model, checked against each other, as callables for every slide."""
     from datasets.patches import encode_slide
 
-    trained, class_names = read_model(config)
+    trained, outputs = read_model(config)
+    children = find_children(config.patching_arguments, record=trained.record,
+                             n_levels=trained.spec.n_levels, model_type=trained.spec.model_type)
     model: Any = trained.build().eval()
-    require_attention(model, trained)
-    asked, patching = config.encoder_arguments, config.patching_arguments
+    in_bags = needs_bags(model, trained)
+    if children:
+        print("note: a model of several magnifications has no overlapping map: each level's own "
+              "is drawn; overlap, use_ref_scores and calc_heatmap have no effect")
+    asked = config.encoder_arguments
     encoder = load_encoder(asked.model_name, checkpoint=asked.ckpt_path, device=str(device),
                            target_px=asked.target_img_size, precision=precision)
     trained.check_features(encoder.dim, encoder.record())
     return Tools(
-        encode=partial(encode_slide, patch_level=patching.patch_level,
-                       patch_size=patching.read_px, output_size=patching.patch_size,
-                       encoder=encoder, batch_size=config.exp_arguments.batch_size,
-                       workers=workers),
+        encode=partial(encode_slide, encoder=encoder, workers=workers,
+                       batch_size=config.exp_arguments.batch_size),
         score=partial(score_bag, model=model.to(device), device=device),
         encoder=encoder.record(), model={"sha256": trained.sha256, **asdict(trained.spec)},
-        class_names=class_names)
+        outputs=outputs, in_bags=in_bags, children=children)
 
 
 def fill_row(table: ProcessList, row: dict[str, str], result: Row) -> None:

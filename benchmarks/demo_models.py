@@ -2,7 +2,7 @@
 
     make demo && .venv/bin/python benchmarks/demo_models.py
 
-Uses the slides, features and splits that `make demo` left in demo/ (the features of HAG-MIL's three
+Uses the slides, features and splits that `make demo` left in demo/ (the features of HAG-MIL's two
 magnifications are made here, by scripts/hag_mil/), trains every model with main.py and evaluates it
 with eval.py. Prints the AUC of the pooled test slides with its 95 % interval over patients, the
 mean of the folds, and the seconds of training on this machine.
@@ -33,7 +33,7 @@ MODELS = {
     "transmil": ["--inner_dim", "128"], "dsmil": [], "mean": [], "max": [], "mil": [],
     "hag_mil": ["--hidden_dims", "128", "128", "--t_patch", "0.5", "--v_patch", "0.5",
                 "--inst_loss", "svm"]}
-LEVELS = ("1", "0")  # HAG-MIL's finer levels, those of scripts/hag_mil/settings.sh
+LEVELS = ("1",)  # HAG-MIL's finer levels, those of scripts/hag_mil/settings.sh
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import Refused
+from utils.objectives import TaskType
 from utils.options import build, from_mapping, load_yaml, option
 from utils.storage import plain, safe_id
 from wsi_core.heatmap import SampleMode, colour_table
+from wsi_core.hierarchy import wanted_children
 
 CONFIGS = Path("heatmaps/configs")
 
@@ -25,7 +27,8 @@ CONFIGS = Path("heatmaps/configs")
 class ExpArguments:
     """``exp_arguments``: what the run is called and where it writes."""
 
-    n_classes: int = option(2, help="number of classes of the model", low=2)
+    n_classes: int = option(2, help="number of outputs of the model: classes, labels, values, "
+                            "bins of time", low=1)
     save_exp_code: str = option("HEATMAP_OUTPUT", help="sub-folder of both output folders")
     raw_save_dir: Path = option(Path("heatmaps/heatmap_raw_results"),
                                 help="folder of features, scores, masks")
@@ -51,12 +54,15 @@ class DataArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchingArguments:
-    """``patching_arguments``: the size of a patch and the step of the fine map."""
+    """``patching_arguments``: the size of a patch, the step of the fine map, finer levels."""
 
     patch_size: int = option(256, help="side in px of what the encoder is given", low=1)
     overlap: float = option(0.5, help="overlap of the fine map, as a fraction", low=0, high=0.99)
     patch_level: int = option(0, help="pyramid level that is read", low=0)
     custom_downsample: int = option(1, help="read this much more and reduce", low=1)
+    child_levels: tuple[int, ...] = option((), help="finer levels of hag_mil, coarse to fine; "
+                                           "none: as in training", low=0)
+    child_mpp: tuple[float, ...] = option((), help="finer levels in um per px instead", low=0.01)
 
     @property
     def read_px(self) -> int:
@@ -84,8 +90,12 @@ class ModelArguments:
     """``model_arguments``: the slide model."""
 
     ckpt_path: Path = option(Path("heatmaps/demo/ckpts/s_0_checkpoint.pt"), help="its weights")
-    model_type: str | None = option(None, help="clam_sb, clam_mb or abmil; null: as "
-                                    "s_{k}_checkpoint.json says, else clam_sb")
+    model_type: str | None = option(None, help="clam_sb, abmilx, hag_mil ...; null: as "
+                                    "s_{k}_checkpoint.json says, else the weights, else clam_sb")
+    model_options: Path | None = option(None, help="yaml with the model family's own options, a "
+                                        "preset for example; for checkpoints without json")
+    task_type: TaskType | None = option(None, help="what is predicted; null: as the json says, "
+                                        "else classification")
     initiate_fn: Literal["initiate_model"] = option("initiate_model", help="CLAM's key")
     model_size: Literal["small", "big"] | None = option(None, help="width of the attention")
     drop_out: float | None = option(None, help="dropout of the training; counts only where no "
@@ -155,7 +165,7 @@ class HeatmapConfig:
         if names is None:
             return None
         return tuple(next(name for name, index in names.items() if index == number)
-                     for number in range(self.exp_arguments.n_classes))
+                     for number in range(len(set(names.values()))))
 
 
 SECTIONS: dict[str, type] = {
@@ -231,9 +241,9 @@ def _check(config: HeatmapConfig, *, source: str) -> None:
                           "folder itself")
     if data.label_dict is not None:
         classes = sorted(set(data.label_dict.values()))
-        if classes != list(range(exp.n_classes)):
-            raise Refused(f"{source}: label_dict numbers its classes {classes}, but n_classes "
-                          f"{exp.n_classes} means 0..{exp.n_classes - 1}")
+        if classes != list(range(len(classes))):
+            raise Refused(f"{source}: label_dict numbers its classes {classes}, expected "
+                          f"{list(range(len(classes)))}")
         for label in data.label_dict:
             safe_id(label, what="label")
     names = [safe_id(sample.name, what="sample name")
@@ -243,6 +253,7 @@ def _check(config: HeatmapConfig, *, source: str) -> None:
         raise Refused(f"{source}: two samples are called '{twice[0]}': they share a folder")
     if not data.slide_ext.startswith("."):
         raise Refused(f"{source}: slide_ext is '{data.slide_ext}', expected it with its dot")
+    wanted_children(config.patching_arguments.child_levels, config.patching_arguments.child_mpp)
     colour_table(config.heatmap_arguments.cmap)
 
 

@@ -1,11 +1,15 @@
 """What a person looks at: heatmaps, mask, the slide itself, sampled patches, GeoJSON.
 
+A model of several magnifications has a heatmap and a GeoJSON a level instead of the overlapping
+one; the patches whose children were looked at are outlined.
+
 File names are CLAM's. A picture is made again only when its parameters or its file changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ import numpy as np
 
 from datasets.heatmap_config import HeatmapConfig, Sample
 from datasets.heatmap_items import HeatmapItem
-from datasets.heatmap_slide import OVERVIEW_DOWNSAMPLE, AttentionMap, SlideMaps, Tools
+from datasets.heatmap_levels import LevelMap, level_maps
+from datasets.heatmap_scores import Tools
+from datasets.heatmap_slide import OVERVIEW_DOWNSAMPLE, AttentionMap, SlideMaps
 from utils.errors import ItemFailed
 from utils.locks import claim
 from utils.report import Row, Status
@@ -27,6 +33,7 @@ from wsi_core.heatmap import (
     View,
     colour_table,
     draw_heatmap,
+    draw_outline,
     percentiles,
     read_view,
     sample_patches,
@@ -55,48 +62,47 @@ def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> 
 
 
 def _make_all(maps: SlideMaps, config: HeatmapConfig, production: Path) -> Row:
-    slide_id = maps.item.slide_id
-    tissue, coarse = maps.tissue, None
     save_mask(maps)
-    if tissue:
+    levels = level_maps(maps) if maps.tissue and maps.tools.children else ()
+    coarse: AttentionMap | None = levels[0] if levels else None
+    if maps.tissue and not maps.tools.children:
         coarse = maps.coarse
     if coarse is None:
         maps.forget()
-        return Row(item=slide_id, status=Status.EMPTY, numbers={
-            "n_contours": len(tissue.contours), "n_patches": 0}, reason=(
-            "no patch lies wholly on its tissue: try a smaller patch_size" if tissue else
+        return _empty(maps, {"n_contours": len(maps.tissue.contours), "n_patches": 0}, (
+            "no patch lies wholly on its tissue: try a smaller patch_size" if maps.tissue else
             "no tissue found: look at the mask, try a smaller a_t or sthresh"))
+    cells = _cells(maps, coarse, levels)
     pictures = _Pictures(maps, coarse, config, production)
     pictures.save_samples()
-    pictures.save_block_map()
-    pictures.save_geojson()
     if config.heatmap_arguments.save_orig:
         pictures.save_original()
-    fine = maps.fine
-    cells = _cells(maps, coarse)
-    if fine is None:
-        return Row(item=slide_id, status=Status.EMPTY, numbers=cells,
-                   reason="no patch of the fine map lies on tissue (in its region)")
-    pictures.save_heatmap(fine)
-    return Row(item=slide_id, status=Status.DONE if maps.made else Status.SKIPPED,
+    if levels:
+        for level in levels:
+            pictures.save_level(level)
+    else:
+        pictures.save_block_map()
+        pictures.save_geojson(coarse)
+        fine = maps.fine
+        if fine is None:
+            return _empty(maps, cells, "no patch of the fine map lies on tissue (in its region)")
+        pictures.save_heatmap(fine)
+    return Row(item=maps.item.slide_id, status=Status.DONE if maps.made else Status.SKIPPED,
                numbers=cells)
 
 
-def _cells(maps: SlideMaps, coarse: AttentionMap) -> dict[str, Any]:
-    """CLAM's result columns (ranked classes), and a probability a class by its name."""
-    names = maps.tools.class_names
-    ranked = np.argsort(-coarse.probabilities, kind="stable")
+def _empty(maps: SlideMaps, cells: dict[str, Any], reason: str) -> Row:
+    return Row(item=maps.item.slide_id, status=Status.EMPTY, numbers=cells, reason=reason)
+
+
+def _cells(maps: SlideMaps, coarse: AttentionMap, levels: Sequence[LevelMap]) -> dict[str, Any]:
+    """What was looked at (``n_level_<k>``: patches fed at a finer level) and what is predicted."""
     cells: dict[str, Any] = {"n_contours": len(maps.tissue.contours),
                              "n_patches": len(coarse.coords), "bag_size": len(coarse.coords)}
-    mpp_um = maps.slide.mpp_um
-    if mpp_um is not None:  # of the patch that the encoder sees
-        cells["mpp_used"] = round(mpp_um[0] * maps.patch_px_l0[0] / maps.patching.patch_size, 6)
-    for rank, index in enumerate(ranked):
-        cells[f"Pred_{rank}"] = names[index]
-        cells[f"p_{rank}"] = round(float(coarse.probabilities[index]), 6)
-    for name, probability in zip(names, coarse.probabilities, strict=True):
-        cells[f"p_class_{name}"] = round(float(probability), 6)
-    return cells
+    cells.update({f"n_{level.name}": len(level.coords) for level in levels[1:]})
+    if maps.mpp_um is not None:
+        cells["mpp_used"] = round(maps.mpp_um, 6)
+    return cells | maps.tools.outputs.cells(coarse.prediction)
 
 
 def save_mask(maps: SlideMaps) -> None:
@@ -133,6 +139,9 @@ class _Pictures:
         self.samples = config.sample_arguments.samples
         self.slide_id = maps.item.slide_id
         self.shares = percentiles(coarse.scores) / 100  # 0..1
+        predicted = maps.tools.outputs.predicted(coarse.prediction)
+        self.sample_group = f"label_{maps.item.label}" + (
+            "" if predicted is None else f"_pred_{predicted}")
         self._views: dict[Any, tuple[np.ndarray, View]] = {}
 
     def _view(self, level: int, shrink: int, roi_l0: tuple[int, int, int, int] | None = None
@@ -148,9 +157,8 @@ class _Pictures:
         for sample in self.samples:
             if not sample.sample:
                 continue
-            folder = inside(
-                self.production.parent, "sampled_patches",
-                f"label_{self.maps.item.label}_pred_{self.coarse.predicted}", sample.name)
+            folder = inside(self.production.parent, "sampled_patches", self.sample_group,
+                            sample.name)
             self.maps.make(f"samples/{sample.name}", {
                 **self.coarse.parameters, **dataclasses.asdict(sample), "folder": str(folder)},
                 partial(self._write_sample, sample, folder))
@@ -187,23 +195,30 @@ class _Pictures:
         self.maps.make(path.name, {**self.coarse.parameters, **dataclasses.asdict(style),
                                    "level": level}, write)
 
-    def save_geojson(self) -> None:
-        """``_attention.geojson`` for QuPath: the coarse cells, and the tissue as annotations."""
-        path = self.production / f"{self.slide_id}_attention.geojson"
+    def save_geojson(self, found: AttentionMap) -> None:
+        """``_attention.geojson`` for QuPath: the cells without overlap, tissue as annotations.
+
+        Of a hierarchy one file a level, with what was ``selected``; the tissue is in the first.
+        """
         if not self.heatmap.geojson:
             return
-        low, cmap = self.heatmap.geojson_min_score, self.heatmap.cmap
+        maps, low, cmap = self.maps, self.heatmap.geojson_min_score, self.heatmap.cmap
+        level = found if isinstance(found, LevelMap) else None
+        name = f"{self.slide_id}_{level.name}" if level else self.slide_id
+        path = self.production / f"{name}_attention.geojson"
 
         def write() -> Path:
             write_geojson(path, [
-                *tissue_features(self.maps.tissue, slide_id=self.slide_id),
-                *attention_features(self.shares, self.coarse.coords, slide_id=self.slide_id,
-                                    patch_px_l0=self.maps.patch_px_l0,
-                                    colours=colour_table(cmap), min_score=low)])
+                *(tissue_features(maps.tissue, slide_id=self.slide_id)
+                  if found is self.coarse else ()),
+                *attention_features(
+                    percentiles(found.scores) / 100, found.coords, slide_id=name,
+                    patch_px_l0=level.side_px_l0 if level else maps.patch_px_l0,
+                    selected=level.selected if level else None,
+                    colours=colour_table(cmap), min_score=low)])
             return path
 
-        self.maps.make(path.name, {**self.coarse.parameters, "min_score": low, "cmap": cmap},
-                       write)
+        maps.make(path.name, {**found.parameters, "min_score": low, "cmap": cmap}, write)
 
     def save_original(self) -> None:
         """``_orig_{vis}``: the slide at the heatmap's level."""
@@ -218,34 +233,53 @@ class _Pictures:
 
     def save_heatmap(self, fine: AttentionMap) -> None:
         """The production picture, of the region when there is one."""
-        heatmap, level = self.heatmap, _level(self.maps, self.heatmap.vis_level)
+        heatmap = self.heatmap
         references = self.coarse.scores if heatmap.use_ref_scores else None
+        self._save_picture(
+            f"{float(self.overlap)}_roi_{int(heatmap.use_roi)}_blur_{int(heatmap.blur)}"
+            f"_rs_{int(heatmap.use_ref_scores)}", fine, percentiles(fine.scores, references),
+            overlap=self.overlap, side_px_l0=self.maps.patch_px_l0,
+            looks={"use_ref_scores": heatmap.use_ref_scores})
+
+    def save_level(self, level: LevelMap) -> None:
+        """One level of a hierarchy: its GeoJSON, and its picture with what went on outlined."""
+        self.save_geojson(level)
+        self._save_picture(
+            f"{level.name}_roi_{int(self.heatmap.use_roi)}_blur_{int(self.heatmap.blur)}", level,
+            percentiles(level.scores), overlap=0.0, side_px_l0=level.side_px_l0,
+            looks={"outline": True}, outlined=level.coords[level.selected])
+
+    def _save_picture(
+        self, made_of: str, found: AttentionMap, ranks: np.ndarray, *, overlap: float,
+        side_px_l0: tuple[float, float], looks: dict[str, Any], outlined: np.ndarray | None = None,
+    ) -> None:
+        """Colour percentiles over the slide; ``outlined`` (n, 2): corners of patches to outline.
+
+        The name is CLAM's, which says how the picture was made.
+        """
+        heatmap, level = self.heatmap, _level(self.maps, self.heatmap.vis_level)
         roi_l0, shrink = self.maps.item.roi_l0, heatmap.custom_downsample
-        path = self.production / self.production_name()
+        path = self.production / (
+            f"{self.slide_id}_{made_of}_bc_{int(heatmap.blank_canvas)}_a_{float(heatmap.alpha)}"
+            f"_l_{heatmap.vis_level}_bi_{int(heatmap.binarize)}_{float(heatmap.binary_thresh)}"
+            f".{heatmap.save_ext}")
 
         def write() -> Path:
             image, view = self._view(level, shrink, roi_l0)
-            side = self.maps.patch_px_l0[0] / view.downsample[0]
+            side = side_px_l0[0] / view.downsample[0]
             style = Style(
                 cmap=heatmap.cmap, alpha=heatmap.alpha, blank_canvas=heatmap.blank_canvas,
-                blur_px=int(side * (1 - self.overlap)) if heatmap.blur else 0,
+                blur_px=int(side * (1 - overlap)) if heatmap.blur else 0,
                 binarize=heatmap.binarize, threshold=heatmap.binary_thresh)
             drawn = draw_heatmap(
-                image, view, percentiles(fine.scores, references) / 100, fine.coords,
-                patch_px_l0=self.maps.patch_px_l0, style=style, tissue=self.maps.tissue)
+                image, view, ranks / 100, found.coords, patch_px_l0=side_px_l0, style=style,
+                tissue=self.maps.tissue)
+            if outlined is not None:
+                drawn = draw_outline(drawn, view, outlined, side_px_l0)
             return write_image(path, drawn, quality=100)
 
-        looks = {name: getattr(heatmap, name) for name in (
-            "use_ref_scores", "cmap", "alpha", "blank_canvas", "blur", "binarize",
-            "binary_thresh", "custom_downsample")}
-        self.maps.make(path.name, {**fine.parameters, **looks, "level": level,
+        looks = looks | {name: getattr(heatmap, name) for name in (
+            "cmap", "alpha", "blank_canvas", "blur", "binarize", "binary_thresh",
+            "custom_downsample")}
+        self.maps.make(path.name, {**found.parameters, **looks, "level": level,
                                    "picture_roi_l0": roi_l0}, write)
-
-    def production_name(self) -> str:
-        """CLAM's name, which says how the picture was made."""
-        heatmap = self.heatmap
-        return (f"{self.slide_id}_{float(self.overlap)}_roi_{int(heatmap.use_roi)}"
-                f"_blur_{int(heatmap.blur)}_rs_{int(heatmap.use_ref_scores)}"
-                f"_bc_{int(heatmap.blank_canvas)}_a_{float(heatmap.alpha)}"
-                f"_l_{heatmap.vis_level}_bi_{int(heatmap.binarize)}"
-                f"_{float(heatmap.binary_thresh)}.{heatmap.save_ext}")

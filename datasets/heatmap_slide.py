@@ -3,6 +3,10 @@
 Each part lies in a file that carries the parameters it was made with (slide, segmentation, patch
 geometry, encoder, checkpoint); it is read back only when they are equal, so another encoder,
 checkpoint or level never meets old data. Encoder and slide model come as callables.
+
+The fine map: where a patch's raw attention depends on its own features alone (CLAM, ABMIL), its
+patches are scored in any portions. Where it depends on the bag (ABMILX, TransMIL, DSMIL ...), they
+are scored in bags like the one that the model was trained on: shifted copies of the coarse grid.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import numpy as np
 
 from datasets.heatmap_config import HeatmapArguments, PatchingArguments
 from datasets.heatmap_items import HeatmapItem
-from utils.contracts import Bag, SlideModel
+from datasets.heatmap_scores import Tools
 from utils.errors import ItemFailed
 from utils.storage import (
     State,
@@ -32,62 +36,25 @@ from utils.storage import (
 )
 from wsi_core.geojson import read_tissue, tissue_features, write_geojson
 from wsi_core.grid import patch_grid
-from wsi_core.heatmap import center_shift, check_scores, clip_roi
+from wsi_core.heatmap import center_shift, check_scores, clip_roi, shifted_grids
 from wsi_core.presets import SEGMENTATION_NAMES
 from wsi_core.slide import Slide, best_level, fingerprint, nominal_downsample
 from wsi_core.tissue import Tissue, segment_tissue
 
 OVERVIEW_DOWNSAMPLE = 32.0  # what level -1 stands for
+Place = tuple[int, ...]  # x, y of a patch's corner, level-0 px
+Roi = tuple[int, int, int, int]
 CHUNK_PATCHES = 1 << 17  # encoded and scored at a time in the fine map; bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tools:
-    """Encoder and slide model, loaded once a run.
-
-    encode: (slide path, (N, 2) level-0 coords) -> (N, D) float32 features
-    score:  (slide id, (N, D) features) -> (C,) probabilities, (K, N) raw attention; a patch's
-            raw attention depends on its own features alone, as in all attention pooling here
-    encoder, model: what they are (weights' hashes included), for the files' records
-    """
-
-    encode: Callable[[Path, np.ndarray], np.ndarray]
-    score: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]
-    encoder: Mapping[str, Any]
-    model: Mapping[str, Any]
-    class_names: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class AttentionMap:
-    """Raw attention (N,) of the predicted class at ``coords`` (N, 2), level-0 px."""
+    """Raw attention (n,) at ``coords`` (n, 2), level-0 px; what the model predicts of the slide."""
 
     coords: np.ndarray
     scores: np.ndarray
-    probabilities: np.ndarray  # (C,)
+    prediction: np.ndarray  # (K,), see ``heatmap_scores.Scored``
     parameters: dict[str, Any]
-
-    @property
-    def predicted(self) -> int:
-        """Class index; ties go to the lower one."""
-        return int(self.probabilities.argmax())
-
-
-def score_bag(
-    slide_id: str, features: np.ndarray, *, model: SlideModel, device: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """One inference: (C,) probabilities and (K, N) raw attention as float64.
-
-    Raises ``ItemFailed`` for a model without attention.
-    """
-    import torch
-
-    with torch.inference_mode():
-        output = model(Bag(slide_id=slide_id, features=torch.from_numpy(features)).to(device))
-    if output.attention is None:
-        raise ItemFailed(f"{slide_id}: this model has no attention to draw")
-    return (output.probabilities[0].double().cpu().numpy(),
-            output.attention.double().cpu().numpy())
 
 
 class FileRecord:
@@ -149,6 +116,9 @@ class SlideMaps:
         ds_x, ds_y = (nominal_downsample(value) for value in slide.level_downsamples[level])
         self.patch_px_l0 = (patching.read_px * ds_x, patching.read_px * ds_y)
         self.step_px_l0 = (patching.step_px * ds_x, patching.step_px * ds_y)
+        # of a patch as the encoder sees it
+        self.mpp_um = None if slide.mpp_um is None else \
+            slide.mpp_um[0] * self.patch_px_l0[0] / patching.patch_size
 
     def file(self, suffix: str) -> Path:
         """A file of this slide in the raw folder."""
@@ -192,12 +162,24 @@ class SlideMaps:
 
     # ------------------------------------------------------------------------ coarse map
 
-    def _grid(self, step_px_l0: tuple[float, float], shift: float,
-              roi_l0: tuple[int, int, int, int] | None = None) -> np.ndarray:
-        return patch_grid(
-            self.tissue, patch_px_l0=self.patch_px_l0, step_px_l0=step_px_l0,
+    def _grids(self, step_px_l0: tuple[float, float], shift: float,
+               roi_l0: Roi | None = None) -> list[np.ndarray]:
+        """The patches (n, 2) of each contour, which has its own grid."""
+        return [patch_grid(
+            Tissue([contour], [holes]), patch_px_l0=self.patch_px_l0, step_px_l0=step_px_l0,
             slide_size=self.slide.level_dimensions[0], contour_fn="four_pt_hard",
             use_padding=True, roi=roi_l0, center_shift=shift)
+            for contour, holes in zip(self.tissue.contours, self.tissue.holes, strict=True)]
+
+    def _coarse_grids(self) -> list[np.ndarray]:
+        return self._grids(self.patch_px_l0, self._shift(0.0))
+
+    def encode(self, coords: np.ndarray) -> np.ndarray:
+        """Features (n, D) of patches of this geometry."""
+        patching = self.patching
+        return self.tools.encode(
+            self.item.slide_path, coords, patch_level=patching.patch_level,
+            patch_size=patching.read_px, output_size=patching.patch_size)
 
     @cached_property
     def coarse_parameters(self) -> dict[str, Any]:
@@ -210,33 +192,23 @@ class SlideMaps:
     def _shift(self, overlap: float) -> float:
         return center_shift(overlap, enabled=self.heatmap.use_center_shift)
 
-    def _coarse_features(self) -> tuple[np.ndarray, np.ndarray]:
-        """coords and features from ``<slide>.h5``, computed when that is of other parameters."""
+    def coarse_features(self) -> tuple[np.ndarray, np.ndarray]:
+        """coords and features from ``<slide>.h5``, computed when that is of other parameters.
+
+        Sees to ``<slide>.pt`` too. (0, 2) and (0, 0) when no patch fits in.
+        """
         path, parameters = self.file(".h5"), self.coarse_parameters
         if h5_state(path, parameters, verify=False) is State.DONE:
             arrays = read_h5(path).arrays
-            return arrays["coords"], arrays["features"]
-        coords = self._grid(self.patch_px_l0, self._shift(0.0))
-        if len(coords):
-            features = self.tools.encode(self.item.slide_path, coords)
+            coords, features = arrays["coords"], arrays["features"]
+        else:
+            coords = np.concatenate([np.empty((0, 2), np.int64), *self._coarse_grids()])
+            if not len(coords):
+                return coords, np.empty((0, 0), np.float32)
+            features = self.encode(coords)
             write_h5(path, {"features": features, "coords": coords}, parameters=parameters)
             self.made += 1
-            return coords, features
-        return coords, np.empty((0, 0), np.float32)
-
-    @cached_property
-    def coarse(self) -> AttentionMap | None:
-        """The whole slide without overlap (``_blockmap.h5``); None when no patch fits in."""
-        path = self.file("_blockmap.h5")
-        parameters = {**self.coarse_parameters, "model": dict(self.tools.model)}
         pt = self.file(".pt")
-        if h5_state(path, parameters) is State.DONE and \
-                h5_state(self.file(".h5"), self.coarse_parameters) is State.DONE and \
-                self.record.is_fresh(pt.name, self.coarse_parameters):
-            return _read_map(path, parameters)
-        coords, features = self._coarse_features()
-        if not len(coords):
-            return None
 
         def write_pt() -> Path:
             import torch
@@ -244,18 +216,41 @@ class SlideMaps:
             save_torch(pt, torch.from_numpy(features))
             return pt
 
-        self.make(pt.name, self.coarse_parameters, write_pt)
-        probabilities, attention = self.tools.score(self.item.slide_id, features)
-        row = int(probabilities.argmax()) if len(attention) > 1 else 0
-        return self._save_map(path, coords, attention[row], probabilities, parameters)
+        self.make(pt.name, parameters, write_pt)
+        return coords, features
+
+    def has_coarse_features(self) -> bool:
+        """Whether both files of the coarse features are there, whole and of these parameters."""
+        return h5_state(self.file(".h5"), self.coarse_parameters) is State.DONE and \
+            self.record.is_fresh(self.file(".pt").name, self.coarse_parameters)
+
+    @cached_property
+    def coarse(self) -> AttentionMap | None:
+        """The whole slide without overlap (``_blockmap.h5``); None when no patch fits in."""
+        path = self.file("_blockmap.h5")
+        parameters = {**self.coarse_parameters, "model": dict(self.tools.model)}
+        if h5_state(path, parameters) is State.DONE and self.has_coarse_features():
+            return _read_map(path, parameters)
+        coords, features = self.coarse_features()
+        if not len(coords):
+            return None
+        scored = self.tools.score(self.item.slide_id, features)
+        return self._save_map(path, coords, self._drawn(scored.attention, scored.prediction),
+                              scored.prediction, parameters)
+
+    def _drawn(self, attention: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """The row (N,) of attention (R, N) of the predicted class or label, else the first."""
+        row = self.tools.outputs.predicted(prediction) if len(attention) > 1 else None
+        drawn: np.ndarray = attention[row or 0]
+        return drawn
 
     def _save_map(self, path: Path, coords: np.ndarray, scores: np.ndarray,
-                  probabilities: np.ndarray, parameters: dict[str, Any]) -> AttentionMap:
+                  prediction: np.ndarray, parameters: dict[str, Any]) -> AttentionMap:
         checked = check_scores(scores, coords, what=self.item.slide_id).astype(np.float32)
         write_h5(path, {"attention_scores": checked[:, None], "coords": coords},
-                 parameters=parameters, root={"probabilities": probabilities})
+                 parameters=parameters, root={"prediction": prediction})
         self.made += 1
-        return AttentionMap(coords=coords, scores=checked, probabilities=probabilities,
+        return AttentionMap(coords=coords, scores=checked, prediction=prediction,
                             parameters=parameters)
 
     # ------------------------------------------------------------------------ fine map
@@ -277,10 +272,11 @@ class SlideMaps:
                              f"of these settings in {self.folder}: set calc_heatmap: true")
         return self._compute_fine(path, parameters)
 
-    def _fine_parameters(self, roi_l0: tuple[int, int, int, int] | None) -> dict[str, Any]:
+    def _fine_parameters(self, roi_l0: Roi | None) -> dict[str, Any]:
         assert self.coarse is not None
         return {**self.coarse.parameters, "step_px": self.patching.step_px, "roi_l0": roi_l0,
-                "fine_shift": self._fine_shift}
+                "fine_shift": self._fine_shift,
+                "scored": "in bags" if self.tools.in_bags else "one by one"}
 
     @property
     def _fine_shift(self) -> float:
@@ -293,28 +289,86 @@ class SlideMaps:
         if roi_l0 is not None:
             roi_l0 = clip_roi(roi_l0, self.slide.level_dimensions[0],
                               name=self.item.slide_path.name)
-        coords = self._grid(self.step_px_l0, self._fine_shift, roi_l0)
-        if not len(coords):
+        grids = self._grids(self.step_px_l0, self._fine_shift, roi_l0)
+        places = [place for grid in grids for place in map(tuple, grid.tolist())]
+        if not places:
             return None
         known = dict(zip(map(tuple, self.coarse.coords.tolist()), self.coarse.scores.tolist(),
                          strict=True))
-        places = list(map(tuple, coords.tolist()))
         new = list(dict.fromkeys(place for place in places if place not in known))
-        for first in range(0, len(new), CHUNK_PATCHES):
-            some = np.array(new[first:first + CHUNK_PATCHES], np.int64)
-            features = self.tools.encode(self.item.slide_path, some)
-            attention = self.tools.score(self.item.slide_id, features)[1]
-            row = self.coarse.predicted if len(attention) > 1 else 0
-            known.update(zip(map(tuple, some.tolist()), attention[row].tolist(), strict=True))
-        scores = np.array([known[place] for place in places])
-        return self._save_map(path, coords, scores, self.coarse.probabilities, parameters)
+        if new:
+            scored = self._score_in_bags(grids, roi_l0) if self.tools.in_bags \
+                else self._score_one_by_one(new)
+            known = {**scored, **known}
+        return self._save_map(path, np.array(places, np.int64),
+                              np.array([known[place] for place in places]),
+                              self.coarse.prediction, parameters)
+
+    def _score_one_by_one(self, places: list[Place]) -> dict[Place, float]:
+        """Raw attention of patches where it depends on each patch's own features alone."""
+        assert self.coarse is not None
+        known: dict[Place, float] = {}
+        for first in range(0, len(places), CHUNK_PATCHES):
+            some = places[first:first + CHUNK_PATCHES]
+            scored = self.tools.score(self.item.slide_id, self.encode(np.array(some, np.int64)))
+            drawn = self._drawn(scored.attention, self.coarse.prediction)
+            known.update(zip(some, drawn.tolist(), strict=True))
+        return known
+
+    def _score_in_bags(self, grids: list[np.ndarray], roi_l0: Roi | None) -> dict[Place, float]:
+        """Raw attention of the fine map's patches, each in a bag as dense as the coarse one.
+
+        grids: (n, 2) a contour. A bag is a shifted copy of the coarse grid; where the fine map
+        is of a region, with the coarse patches outside it. Rows are in the order of the coarse
+        bag. Logarithms of weights are raised by log(n_bag / n_coarse): the same weight means
+        less where more share it.
+        """
+        assert self.coarse is not None
+        coords, contours, shifts = self._number_grids(grids, roi_l0)
+        features, (around, around_contours) = self.coarse_features()[1], self._context(roi_l0)
+        row_of = {place: row for row, place in
+                  enumerate(map(tuple, self.coarse.coords.tolist()))}
+        found: dict[Place, float] = {}
+        for shift in np.unique(shifts):
+            own = coords[shifts == shift]
+            bag = np.concatenate([own, around])
+            order = np.lexsort((bag[:, 1], bag[:, 0], np.concatenate(
+                [contours[shifts == shift], around_contours])))
+            rows = np.array([row_of.get(place, -1) for place in map(tuple, bag.tolist())])
+            if (rows >= 0).all():
+                continue  # the coarse map has them all
+            values = features[rows]
+            values[rows < 0] = self.encode(bag[rows < 0])
+            scored = self.tools.score(self.item.slide_id, values[order])
+            drawn = self._drawn(scored.attention, self.coarse.prediction)
+            if scored.log_weights:
+                drawn = drawn + np.log(len(bag) / len(self.coarse.coords))
+            found.update(zip(map(tuple, bag[order].tolist()), drawn.tolist(), strict=True))
+        return found
+
+    def _number_grids(self, grids: list[np.ndarray], roi_l0: Roi | None
+                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The fine map's patches (n, 2), the contour of each, and its ``shifted_grids`` number."""
+        shifts = []
+        for grid, contour in zip(grids, self.tissue.contours, strict=True):
+            start = contour.reshape(-1, 2).min(axis=0)
+            shifts.append(shifted_grids(
+                grid, origin_l0=start if roi_l0 is None else np.maximum(start, roi_l0[:2]),
+                patch_px_l0=self.patch_px_l0, step_px_l0=self.step_px_l0))
+        return np.concatenate(grids), _contour_of(grids), np.concatenate(shifts)
+
+    def _context(self, roi_l0: Roi | None) -> tuple[np.ndarray, np.ndarray]:
+        """Coarse patches (n, 2) whose corner is outside the region, and the contour of each."""
+        grids = self._coarse_grids()
+        coords = np.concatenate(grids)
+        outside = np.zeros(len(coords), bool) if roi_l0 is None else (
+            (coords < roi_l0[:2]) | (coords >= roi_l0[2:])).any(axis=1)
+        return coords[outside], _contour_of(grids)[outside]
 
     def forget(self) -> None:
         """Remove what earlier settings left of a slide on which nothing is found now."""
         self.record.clear(keep=[self.file(suffix).name for suffix in ("_mask.json", "_mask.jpg")])
-        for suffix in (".h5", "_blockmap.h5"):
-            self.file(suffix).unlink(missing_ok=True)
-        for path in self.folder.glob("*_roi_*.h5"):
+        for path in self.folder.glob("*.h5"):
             path.unlink()
 
 
@@ -322,4 +376,9 @@ def _read_map(path: Path, parameters: dict[str, Any]) -> AttentionMap:
     data = read_h5(path)
     return AttentionMap(
         coords=data.arrays["coords"], scores=data.arrays["attention_scores"][:, 0],
-        probabilities=np.asarray(data.root["probabilities"]), parameters=parameters)
+        prediction=np.asarray(data.root["prediction"]), parameters=parameters)
+
+
+def _contour_of(grids: list[np.ndarray]) -> np.ndarray:
+    """(n,) number of the contour of each patch of all grids together."""
+    return np.repeat(np.arange(len(grids)), [len(grid) for grid in grids])

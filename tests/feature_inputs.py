@@ -107,8 +107,8 @@ def make_levels(root: Path, counts: Sequence[int] = (3, 0, 2)) -> Inputs:
     for child in CHILDREN:
         (plan.folder(child) / "patches").mkdir(parents=True)
     for number, count in enumerate(counts):
-        write_patches(inputs.patches_root, f"slide_{number}", grid_coords(count, columns=1, step=160),
-                      patch_px=32, level=2)
+        write_patches(inputs.patches_root, f"slide_{number}",
+                      grid_coords(count, columns=1, step=160), patch_px=32, level=2)
         rows = derive_slide(inputs.slides / f"slide_{number}.tif", plan=plan)
         assert {row.status for row in rows} <= {Status.DONE, Status.EMPTY}
     return inputs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,37 @@ def write_checkpoint(path: Path, model_type: str, *, seed: int = 0, **fields: An
     spec = {"embed_dim": EMBED_DIM, "n_classes": 2, "dropout": 0.0, **fields}
     model = build_slide_model(SlideModelSpec(model_type=model_type, **spec))
     torch.save({name: value * 3 for name, value in model.state_dict().items()}, path)
+
+
+def write_described(
+    path: Path, model_type: str, *, seed: int = 0, class_names: Sequence[str] = ("normal", "tumor"),
+    target_names: Sequence[str] = (), child_levels: Sequence[int] = (), **fields: Any,
+) -> None:
+    """A checkpoint of random weights, and its json as main.py leaves it."""
+    import torch
+
+    from models.slide_models import SlideModelSpec, build_slide_model
+
+    torch.manual_seed(seed)
+    spec = SlideModelSpec(model_type=model_type, **{
+        "embed_dim": EMBED_DIM, "n_classes": 2, "dropout": 0.0, "instance_clustering": False,
+        **fields})
+    torch.save(build_slide_model(spec).state_dict(), path)
+    path.with_suffix(".json").write_text(json.dumps({
+        "spec": dataclasses.asdict(spec), "class_names": list(class_names), "encoder": None,
+        "fold": 0, "target_names": list(target_names), "child_levels": list(child_levels)}))
+
+
+def write_hierarchy(root: Path, *, kept: float = 0.4) -> dict[str, Any]:
+    """A HAG-MIL of three levels; returns the changes of the config that draw it.
+
+    kept: share of the patches of a level whose children are looked at
+    """
+    write_described(root / "hag.pt", "hag_mil", n_levels=3, child_levels=(1, 0),
+                    options={"hidden_dims": (16, 16), "v_patch": (kept,)})
+    return {"model_arguments.ckpt_path": "hag.pt", "model_arguments.model_type": None,
+            "patching_arguments.patch_level": 2, "patching_arguments.patch_size": 32,
+            "exp_arguments.save_exp_code": "hag"}
 
 
 def write_config(root: Path, changes: dict[str, Any] | None = None) -> Path:

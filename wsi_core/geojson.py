@@ -55,11 +55,14 @@ def tissue_features(tissue: Tissue, *, slide_id: str) -> list[Feature]:
 def attention_features(
     scores: np.ndarray, coords: np.ndarray, *, slide_id: str,
     patch_px_l0: tuple[float, float], colours: np.ndarray, min_score: float = 0.0,
+    selected: np.ndarray | None = None,
 ) -> list[Feature]:
     """One detection a patch whose score reaches ``min_score``.
 
     scores: (N,) 0..1; coords: (N, 2) top-left, level-0 px; colours: (256, 3) uint8 RGB, from
     which each of the ``ATTENTION_BINS`` classes takes the colour of its middle.
+    selected: (N,) bool, goes out as the property ``selected`` and, since QuPath shows only these,
+    as a measurement of 0 or 1; None leaves both out
     """
     bins = np.clip((scores * ATTENTION_BINS).astype(int), 0, ATTENTION_BINS - 1)
     classes = [
@@ -68,12 +71,19 @@ def attention_features(
         for low in range(ATTENTION_BINS)]
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * np.asarray(patch_px_l0)
     rings = np.rint(coords[:, None, :] + corners).astype(np.int64)
-    return [
-        {"type": "Feature", "id": _id(slide_id, "attention", int(index)),
-         "geometry": {"type": "Polygon", "coordinates": [rings[index].tolist()]},
-         "properties": {"objectType": "detection", "classification": classes[bins[index]],
-                        "measurements": {"attention": round(float(scores[index]), 6)}}}
-        for index in np.flatnonzero(scores >= min_score)]
+    features = []
+    for index in np.flatnonzero(scores >= min_score).tolist():
+        properties: dict[str, Any] = {
+            "objectType": "detection", "classification": classes[bins[index]],
+            "measurements": {"attention": round(float(scores[index]), 6)}}
+        if selected is not None:
+            properties["selected"] = bool(selected[index])
+            properties["measurements"]["selected"] = int(selected[index])
+        features.append({
+            "type": "Feature", "id": _id(slide_id, "attention", index),
+            "geometry": {"type": "Polygon", "coordinates": [rings[index].tolist()]},
+            "properties": properties})
+    return features
 
 
 def write_geojson(

@@ -9,6 +9,7 @@ of the picture.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from wsi_core.tissue import Tissue
 
 MAX_PICTURE_PIXELS = 100_000_000
 BAND_ROWS = 1024
+OUTLINE_PER_SIDE = 700  # the longer side of a picture over the width of an outline
 
 SampleMode = Literal["topk", "reverse_topk", "range_sample"]
 
@@ -86,6 +88,25 @@ def center_shift(overlap: float, *, enabled: bool) -> float:
     if overlap < 0.25:
         return 0.375
     return 0.5 if overlap < 0.95 else 0.625
+
+
+def shifted_grids(
+    coords: np.ndarray, *, origin_l0: Sequence[float], patch_px_l0: tuple[float, float],
+    step_px_l0: tuple[float, float],
+) -> np.ndarray:
+    """(N,) number of the grid without overlap that each patch of an overlapping grid belongs to.
+
+    coords: (N, 2) of one grid from ``origin_l0`` in steps of ``step_px_l0``, level-0 px
+    Patches share a number when they are k steps apart in x and y, or a multiple, k the fewest
+    steps that make a side of a patch: so patches of one number lie beside each other, and each
+    number is the grid of number 0 shifted by whole steps.
+    """
+    step = np.asarray(step_px_l0, dtype=np.float64)
+    every = np.ceil(np.asarray(patch_px_l0) / step - 1e-9).astype(np.int64)
+    index = np.rint((coords - np.asarray(origin_l0)) / step).astype(np.int64)
+    column, row = (index % every).T
+    number: np.ndarray = column * every[1] + row
+    return number
 
 
 # ---------------------------------------------------------------------------- the frame
@@ -255,6 +276,27 @@ def draw_heatmap(
     for top in range(0, len(image), BAND_ROWS):
         rows = (top, min(top + BAND_ROWS, len(image)))
         drawn[rows[0]:rows[1]] = _draw_band(image, rows, boxes, values, shown, mask, table, style)
+    return drawn
+
+
+def draw_outline(
+    image: np.ndarray, view: View, coords: np.ndarray, patch_px_l0: tuple[float, float]
+) -> np.ndarray:
+    """A copy of the picture with a line around the patches, not around each of them.
+
+    coords: (n, 2) level-0 px. The line is black on white, so that it is seen on every colour; its
+    width grows with the picture.
+    """
+    import cv2
+
+    mask = np.zeros(image.shape[:2], np.uint8)
+    for x0, y0, x1, y1 in patch_boxes(view, coords, patch_px_l0).tolist():
+        mask[y0:y1, x0:x1] = 255
+    outlines, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    width = max(1, round(max(image.shape[:2]) / OUTLINE_PER_SIDE))
+    drawn = image.copy()
+    for colour, thickness in ((255, 255, 255), 3 * width), ((0, 0, 0), width):
+        cv2.drawContours(drawn, outlines, -1, colour, thickness)
     return drawn
 
 

@@ -19,6 +19,7 @@ import yaml
 
 import create_heatmaps
 from datasets import heatmap_slide
+from datasets.heatmap_scores import score_bag
 from tests.conftest import ROOT
 from tests.heatmap_project import (
     EMBED_DIM,
@@ -28,6 +29,8 @@ from tests.heatmap_project import (
     tree_of,
     write_checkpoint,
     write_config,
+    write_described,
+    write_hierarchy,
 )
 from utils.errors import Refused
 from utils.storage import load_torch, read_h5, write_json
@@ -84,9 +87,9 @@ def results(name: str = "list") -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def report() -> list[dict[str, Any]]:
+def report(code: str = "exp") -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(
-        Path("raw/exp/report_heatmaps.json").read_text())["items"]
+        Path(f"raw/{code}/report_heatmaps.json").read_text())["items"]
     return found
 
 
@@ -311,7 +314,7 @@ def test_key_folders(draw: Draw) -> None:
 
 
 def test_key_n_classes(draw: Draw, project: Path) -> None:
-    with pytest.raises(Refused, match="n_classes 3 means"):
+    with pytest.raises(Refused, match="n_classes is 3, but label_dict names normal, tumor"):
         draw({"exp_arguments.n_classes": 3})
     write_checkpoint(project / "three.pt", "clam_sb", n_classes=3)
     assert draw({"exp_arguments.n_classes": 3, "model_arguments.ckpt_path": "three.pt",
@@ -433,7 +436,8 @@ def test_keys_of_the_model(draw: Draw, project: Path) -> None:
         assert not np.allclose(after.arrays["attention_scores"], before)
         assert (RAW / "s_0.h5").stat().st_mtime_ns == features  # the encoder is the same
     with pytest.raises(Refused, match="expected .*attention width 256, found attention width 384"):
-        draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": "abmil"})
+        draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": "abmil",
+              "model_arguments.model_size": "small"})
     with pytest.raises(Refused, match="model_type mil has no attention"):
         write_checkpoint(project / "mil.pt", "mil")
         draw({"model_arguments.ckpt_path": "mil.pt", "model_arguments.model_type": "mil"})
@@ -453,12 +457,12 @@ def test_multi_branch_draws_the_predicted_class(draw: Draw, project: Path) -> No
                          embed_dim=EMBED_DIM).build().eval()
     for raw, row in zip((RAW, Path("raw/exp/normal/s_1")), results(), strict=True):
         name = raw.name
-        probabilities, attention = heatmap_slide.score_bag(
+        scored = score_bag(
             name, read_h5(raw / f"{name}.h5").arrays["features"], model=model, device="cpu")
-        best = int(probabilities.argmax())
+        best = int(scored.prediction.argmax())
         assert row["Pred_0"] == ("normal", "tumor")[best]
         found = read_h5(raw / f"{name}_blockmap.h5").arrays["attention_scores"][:, 0]
-        np.testing.assert_allclose(found, attention[best], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, scored.attention[best], rtol=1e-4, atol=1e-5)
 
 
 def test_drop_out_only_tells_how_the_model_was_built(draw: Draw) -> None:
@@ -608,3 +612,297 @@ def test_keys_of_samples(draw: Draw) -> None:
     entries[3]["seed"] = 2
     assert draw({"sample_arguments.samples": entries}) == 0
     assert names("middle") != middle and len(names("middle")) == 4  # the others are gone
+
+
+# ---------------------------------------------------------------------------- models and tasks
+
+CONTEXTUAL = {
+    "abmilx": {"inner_dim": 32, "n_heads": 4},
+    "transmil": {"inner_dim": 32, "n_heads": 4},
+    "dsmil": {"query_dim": 16},
+    "hag_mil": {"hidden_dims": (16, 16)}}
+
+
+@pytest.mark.parametrize("kind", [*CONTEXTUAL, "abmilx without A+"])
+def test_models_whose_attention_depends_on_the_bag(
+    draw: Draw, project: Path, kind: str
+) -> None:
+    """The fine map equals the coarse one where both have a patch; made again it is the same."""
+    name, _, plain = kind.partition(" ")
+    write_described(project / "other.pt", name, options={
+        **CONTEXTUAL[name], **({"abx_attn_plus": False} if plain else {})})
+    changes = {"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": None}
+    assert draw(changes) == 0
+    coarse, fine = (read_h5(RAW / f"s_0_{part}.h5") for part in ("blockmap", "0.5_roi_False"))
+    assert fine.parameters is not None and fine.parameters["scored"] == "in bags"
+    known = dict(zip(map(tuple, coarse.arrays["coords"].tolist()),
+                     coarse.arrays["attention_scores"][:, 0].tolist(), strict=True))
+    found = fine.arrays["attention_scores"][:, 0]
+    places = list(map(tuple, fine.arrays["coords"].tolist()))
+    same = [place in known for place in places]
+    assert 5 < sum(same) < len(same)
+    assert [known[place] for place in places if place in known] == found[same].tolist()
+    assert found.std() > 0 and len(np.unique(found[np.logical_not(same)])) > 5
+    (RAW / "s_0_0.5_roi_False.h5").unlink()
+    assert draw(changes) == 0
+    assert np.array_equal(
+        read_h5(RAW / "s_0_0.5_roi_False.h5").arrays["attention_scores"][:, 0], found)
+
+
+def test_log_weights_of_the_fine_map_are_on_the_coarse_maps_scale(
+    draw: Draw, project: Path
+) -> None:
+    """Their weights sum to about the number of bags: not to what larger bags would leave."""
+    write_described(project / "other.pt", "abmilx", options=CONTEXTUAL["abmilx"])
+    assert draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": None}) == 0
+    coarse, fine = (read_h5(RAW / f"s_0_{part}.h5").arrays["attention_scores"][:, 0]
+                    for part in ("blockmap", "0.5_roi_False"))
+    assert np.exp(coarse.astype(float)).sum() == pytest.approx(1, abs=1e-4)
+    assert np.exp(fine.astype(float)).mean() == pytest.approx(1 / len(coarse), rel=0.25)
+
+
+def test_dsmil_draws_the_row_of_the_predicted_class(draw: Draw, project: Path) -> None:
+    from models.trained import load_trained
+
+    write_described(project / "other.pt", "dsmil", options=CONTEXTUAL["dsmil"])
+    assert draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": None}) == 0
+    model = load_trained(project / "other.pt", class_names=("normal", "tumor")).build().eval()
+    scored = score_bag("s_0", read_h5(RAW / "s_0.h5").arrays["features"], model=model, device="cpu")
+    assert scored.attention.shape[0] == 2
+    np.testing.assert_allclose(
+        read_h5(RAW / "s_0_blockmap.h5").arrays["attention_scores"][:, 0],
+        scored.attention[int(scored.prediction.argmax())], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "mil"])
+def test_models_without_attention_are_refused(draw: Draw, project: Path, kind: str) -> None:
+    write_described(project / "other.pt", kind)
+    with pytest.raises(Refused, match=f"{kind} has no attention, a heatmap needs abmil, abmilx, "):
+        draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": None})
+
+
+TASKS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "multilabel": ({"model_type": "dsmil", "n_classes": 3, "options": CONTEXTUAL["dsmil"]},
+                   ["necrosis", "invasion", "grade"], ["p_necrosis", "p_invasion", "p_grade"]),
+    "regression": ({"model_type": "abmil", "n_classes": 2, "target_mean": (5.0, 60.0),
+                    "target_std": (2.0, 9.0)}, ["size", "age"], ["yhat_size", "yhat_age"]),
+    "survival": ({"model_type": "abmilx", "n_classes": 4, "options": CONTEXTUAL["abmilx"],
+                  "bin_edges": (0.0, 10.0, 20.0, 30.0, 90.0)}, ["months", "death"],
+                 ["risk", "S_1", "S_2", "S_3", "S_4"])}
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_other_tasks_have_their_scores_in_the_list(
+    draw: Draw, project: Path, task_type: str
+) -> None:
+    """Strata, which the json names as classes, and the labels of the slides do not matter."""
+    spec, names, cells = TASKS[task_type]
+    write_described(project / "other.pt", spec["model_type"], task_type=task_type,
+                    class_names=["low", "middle", "high", "very high", "five"],
+                    target_names=names, **{key: value for key, value in spec.items()
+                                           if key != "model_type"})
+    assert draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": None,
+                 "exp_arguments.n_classes": spec["n_classes"]}) == 0
+    row = results()[0]
+    assert [name for name in row if name in cells] == cells
+    assert "Pred_0" not in row and "p_class_tumor" not in row
+    prediction = read_h5(RAW / "s_0_blockmap.h5").root["prediction"]
+    np.testing.assert_allclose([float(row[name]) for name in cells], prediction, atol=1e-5)
+    if task_type == "regression":
+        assert 40 < float(row["yhat_age"]) < 80  # in its own unit
+    groups = {path.name for path in Path("prod/exp/sampled_patches").iterdir()
+              if any(path.rglob("*.png"))}
+    assert groups == ({f"label_{label}_pred_{int(np.argmax(read_h5(raw).root['prediction']))}"
+                       for label, raw in (("tumor", RAW / "s_0_blockmap.h5"),
+                                          ("normal", "raw/exp/normal/s_1/s_1_blockmap.h5"))}
+                      if task_type == "multilabel" else {"label_tumor", "label_normal"})
+    with pytest.raises(Refused, match="n_classes is 7, but "):
+        draw({"model_arguments.ckpt_path": "other.pt", "model_arguments.model_type": None,
+              "exp_arguments.n_classes": 7})
+
+
+def test_keys_for_checkpoints_without_json(draw: Draw, project: Path) -> None:
+    """task_type and model_options say what the weights do not."""
+    write_described(project / "a.pt", "abmilx", options=CONTEXTUAL["abmilx"])
+    (project / "a.json").unlink()
+    changes = {"model_arguments.ckpt_path": "a.pt", "model_arguments.model_type": "abmilx"}
+    assert draw(changes) == 0
+    before = read_h5(RAW / "s_0_blockmap.h5").arrays["attention_scores"]
+    (project / "options.yaml").write_text("act: relu\n")
+    assert draw({**changes, "model_arguments.model_options": "options.yaml"}) == 0
+    after = read_h5(RAW / "s_0_blockmap.h5")
+    assert after.parameters is not None and after.parameters["model"]["options"]["act"] == "relu"
+    assert not np.allclose(after.arrays["attention_scores"], before)
+    assert draw({**changes, "model_arguments.task_type": "survival"}) == 0
+    assert float(results()[0]["risk"]) < 0
+    with pytest.raises(Refused, match="task_type is 'cure', expected one of classification"):
+        draw({**changes, "model_arguments.task_type": "cure"})
+
+
+# ---------------------------------------------------------------------------- magnifications
+
+HAG_RAW, HAG_PROD = Path("raw/hag/tumor/s_0"), Path("prod/hag/tumor")
+
+
+def picture(name: str) -> Path:
+    return HAG_PROD / f"s_0_{name}_roi_0_blur_0_bc_0_a_0.4_l_1_bi_0_-1.0.jpg"
+
+
+@pytest.fixture(scope="module")
+def drawn_levels(
+    finished: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A project on which a HAG-MIL of three levels was drawn, and its config; do not change."""
+    root = copy_project(finished, tmp_path_factory.mktemp("levels") / "project")
+    changes = write_hierarchy(root)
+    write_config(root, changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert create_heatmaps.main(["--config_file", "c.yaml", "--yes", "--device", "cpu"]) == 0
+    return root, changes
+
+
+@pytest.fixture
+def levels(
+    drawn_levels: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Draw:
+    """``levels({...})`` draws a copy of it again with a changed config."""
+    root = copy_project(drawn_levels[0], tmp_path / "levels")
+    monkeypatch.chdir(root)
+
+    def run(changes: dict[str, Any] | None = None) -> int:
+        write_config(root, {**drawn_levels[1], **(changes or {})})
+        return create_heatmaps.main(["--config_file", "c.yaml", "--yes", "--device", "cpu"])
+
+    return run
+
+
+def level_arrays(name: str) -> dict[str, np.ndarray]:
+    return read_h5(HAG_RAW / f"s_0_blockmap_{name}.h5").arrays
+
+
+def test_levels_follow_the_selection(levels: Draw) -> None:
+    """Each level holds the children of what was selected above; nothing else was encoded."""
+    coarse, middle, fine = (level_arrays(f"level_{level}") for level in (2, 1, 0))
+    assert np.array_equal(coarse["coords"], read_h5(HAG_RAW / "s_0.h5").arrays["coords"])
+    for above, below, side in ((coarse, middle, 128), (middle, fine, 64)):
+        selected = above["selected"].astype(bool)
+        assert 0 < selected.sum() < len(selected)
+        scores = above["attention_scores"][:, 0]
+        assert scores[selected].min() >= scores[~selected].max()
+        assert sorted(map(tuple, below["coords"].tolist())) == sorted(
+            (x + dx, y + dy) for x, y in above["coords"][selected].tolist()
+            for dx in (0, side // 2) for dy in (0, side // 2))
+        assert np.array_equal(np.unique(below["rows"] // 4), np.sort(above["rows"][selected]))
+    assert not fine["selected"].any()
+    for name, found in (("level_1", middle), ("level_0", fine)):
+        cached = read_h5(HAG_RAW / f"s_0_{name}.h5").arrays
+        assert np.array_equal(cached["rows"], np.sort(found["rows"]))
+        assert cached["features"].shape == (len(found["rows"]), EMBED_DIM)
+    row = results()[0]
+    assert (row["n_patches"], row["n_level_1"], row["n_level_0"]) == tuple(
+        str(len(found["coords"])) for found in (coarse, middle, fine))
+    assert float(row["p_0"]) >= 0.5 and row["Pred_0"] in ("normal", "tumor")
+
+
+def test_levels_have_pictures_with_an_outline_around_what_went_on(levels: Draw) -> None:
+    """Black on white around the union of the selected patches, colour on the rows that were fed."""
+    original = pixels(HAG_PROD / "s_0_orig_1.jpg").astype(int)
+    for name, side in (("level_2", 64), ("level_1", 32), ("level_0", 16)):
+        found, drawn = level_arrays(name), pixels(picture(name)).astype(int)
+        selected = found["selected"].astype(bool)
+        black = (drawn.max(axis=2) < 40)
+        assert black.any() == selected.any()
+        if selected.any():
+            places = found["coords"][selected] // 2
+            low, high = places.min(axis=0), places.max(axis=0) + side
+            y, x = np.nonzero(black)
+            assert np.abs([x.min() - low[0], y.min() - low[1]]).max() <= 2
+            assert np.abs([x.max() - high[0], y.max() - high[1]]).max() <= 2
+        fed = np.zeros(drawn.shape[:2], bool)
+        for x0, y0 in (found["coords"] // 2).tolist():
+            fed[y0 - 3:y0 + side + 3, x0 - 3:x0 + side + 3] = True
+        changed = np.abs(drawn - original).max(axis=2) > 40
+        assert changed[fed].mean() > 0.3 and not changed[~fed].any()
+    assert not Path("raw/hag/tumor/s_0/s_0_0.5_roi_False.h5").exists()  # no overlapping map
+
+
+def test_geojson_of_levels_says_what_was_selected(levels: Draw) -> None:
+    for name, side in (("level_2", 128), ("level_1", 64), ("level_0", 32)):
+        features = json.loads(
+            (HAG_PROD / f"s_0_{name}_attention.geojson").read_text())["features"]
+        cells = [item for item in features if item["properties"]["objectType"] == "detection"]
+        found = level_arrays(name)
+        assert [cell["properties"]["selected"] for cell in cells] == \
+            found["selected"].astype(bool).tolist()
+        assert [cell["properties"]["measurements"]["selected"] for cell in cells] == \
+            found["selected"].astype(int).tolist()
+        ring = np.array(cells[0]["geometry"]["coordinates"][0])
+        assert ring[0].tolist() == found["coords"][0].tolist()
+        assert (ring.max(axis=0) - ring.min(axis=0)).tolist() == [side] * 2
+        assert (len(features) > len(cells)) == (name == "level_2")  # tissue once
+
+
+def test_levels_again_do_nothing_and_another_model_encodes_only_what_is_new(
+    levels: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import patches
+
+    encoded: list[np.ndarray] = []
+    encode_slide = patches.encode_slide
+
+    def counting(path: Path, coords: np.ndarray, **keywords: Any) -> np.ndarray:
+        encoded.append(coords)
+        return encode_slide(path, coords, **keywords)
+
+    monkeypatch.setattr(patches, "encode_slide", counting)
+    before = tree_of(Path("prod/hag"))
+    assert levels() == 0
+    assert not encoded and tree_of(Path("prod/hag")) == before
+    known = {tuple(place) for name in ("level_1", "level_0")
+             for place in level_arrays(name)["coords"].tolist()}
+    write_hierarchy(Path(), kept=0.7)
+    assert levels() == 0
+    new = [tuple(place) for coords in encoded for place in coords.tolist()]
+    now = {tuple(place) for name in ("level_1", "level_0")
+           for place in level_arrays(name)["coords"].tolist()}
+    assert new and len(now) > len(known)
+    assert len(level_arrays("level_0")["coords"]) > 0
+
+
+def test_keys_of_levels(levels: Draw) -> None:
+    """As the json says unless given; by pixel size too; as many as the model has, and finer."""
+    before = level_arrays("level_0")
+    assert levels({"patching_arguments.child_levels": [1, 0]}) == 0
+    assert report("hag")[0]["status"] == "already done"  # the json says the same
+    assert levels({"patching_arguments.child_mpp": [1.0, 0.5]}) == 0
+    after = level_arrays("mpp_0.5")
+    assert np.array_equal(after["coords"], before["coords"])
+    np.testing.assert_allclose(after["attention_scores"], before["attention_scores"], atol=1e-4)
+    for given, message in (([1], "takes 2 finer levels, found level_1: give"),
+                           ([2, 1], "are not finer than patch_level 2"),
+                           ([0, 1], "expected coarse to fine")):
+        with pytest.raises(Refused, match=message):
+            levels({"patching_arguments.child_levels": given})
+    with pytest.raises(Refused, match="child_mpp name the finer levels in two ways"):
+        levels({"patching_arguments.child_levels": [1, 0],
+                "patching_arguments.child_mpp": [1.0, 0.5]})
+    write_json(Path("hag.json"), {**json.loads(Path("hag.json").read_text()), "child_levels": []})
+    with pytest.raises(Refused, match="takes 2 finer levels, found none: give patching_arguments"):
+        levels()
+
+
+def test_finer_levels_of_a_model_of_one_are_refused(draw: Draw) -> None:
+    with pytest.raises(Refused, match="takes 0 finer levels, found level_0: leave child_levels"):
+        draw({"patching_arguments.child_levels": [0], "patching_arguments.patch_level": 1})
+
+
+def test_looks_of_levels(levels: Draw) -> None:
+    """Region, blur and the rest work as in other pictures."""
+    assert levels({"heatmap_arguments.use_roi": True, "heatmap_arguments.blur": True}) == 0
+    region = pixels(Path(str(picture("level_2")).replace("roi_0_blur_0", "roi_1_blur_1")))
+    assert region.shape == (130, 150, 3)
+    assert levels({"heatmap_arguments.geojson": False, "heatmap_arguments.cmap": "viridis"}) == 0
+    whole = pixels(picture("level_2")).astype(int)
+    assert levels() == 0
+    assert np.abs(pixels(picture("level_2")).astype(int) - whole).max() > 40
