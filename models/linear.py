@@ -74,6 +74,8 @@ def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x weight^T + bias."""
+    # oneDNN is slow on other strides, e.g. those of an expanded gradient
+    x, weight = (part if 1 in part.stride() else part.contiguous() for part in (x, weight))
     if _DIRECT is not None:  # no copies into oneDNN's layout and back
         return cast(torch.Tensor, _DIRECT(x, weight, bias, "none", [], ""))
     out: torch.Tensor = F.linear(x.to_mkldnn(), weight, bias).to_dense()

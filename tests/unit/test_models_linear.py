@@ -55,3 +55,16 @@ def test_float32_takes_the_fast_way_and_the_rest_the_plain_one(
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), plain(x)) and fast(x).dtype == torch.bfloat16
     assert torch.equal(fast.double()(x.double()), plain.double()(x.double()))
+
+
+@pytest.mark.parametrize("kind", ["dense", "transposed", "expanded", "double"])
+def test_batched_product(kind: str) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
+    if kind == "transposed":
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    elif kind == "expanded":
+        a, b = a[:1, :1, :1].expand(3, 4, 5), b[:1, :1, :1].expand(3, 5, 6)
+    elif kind == "double":
+        a, b = a.double(), b.double()
+    torch.testing.assert_close(linear.bmm(a, b), torch.einsum("gnk,gkm->gnm", a, b))
