@@ -102,17 +102,24 @@ class IntegratedAttention(nn.Module):
         self, h: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         linear, *rest = self.fc
-        # cheap to compute again, and large: LayerNorm's result is not held
-        h = checkpoint(nn.Sequential(*rest), linear(h), use_reentrant=False,
-                       preserve_rng_state=False)
+        h = _not_held(linear(h), *rest)
         h = self.layer(h[None])[0]
-        *embed, attention = self.attention_net
-        instances = self.norm(h)
-        for layer in embed:
+        embed, *rest, attention = self.attention_net
+        instances = _not_held(h, self.norm, embed)
+        for layer in rest:
             instances = layer(instances)
         scores = attention(instances).transpose(0, 1)
         pooled = scores.float().softmax(dim=1).to(h.dtype) @ h  # (1, D)
         return h, scores, self.layer_map_to_final(self.norm(pooled)), instances
+
+
+def _not_held(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
+    """x through layers that draw no random numbers; what lies between is computed again.
+
+    For LayerNorm's results: as large as any, and cheap.
+    """
+    result = checkpoint(nn.Sequential(*layers), x, use_reentrant=False, preserve_rng_state=False)
+    return cast(torch.Tensor, result)
 
 
 class IAT(nn.Module):

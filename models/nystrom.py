@@ -156,15 +156,15 @@ class _PseudoInverseTimes(torch.autograd.Function):
             y, s = ys[-1], squares[-1]
             ys.append((y * (27 / 32)).sub_(s, alpha=11 / 16).sub_(torch.bmm(s, s), alpha=1 / 4))
             squares.append(_square(ys[-1]))
-        sides = []  # right-hand sides, from the last step to the first
+        sides = []  # right-hand side of each step, last to first
         for y, s in zip(reversed(ys), reversed(squares), strict=True):
             sw = torch.bmm(s, w)
-            sides.append((w, sw))
+            sides.append(w)
             yt = torch.bmm(y, torch.add(sw, w, alpha=11 / 4))
             w = (w * (13 / 4)).add_(sw, alpha=7 / 8).sub_(yt, alpha=1 / 4)
         product = torch.bmm(x.mT, w).div_(scale)
         ctx.iterations = iterations
-        ctx.save_for_backward(x, scale, product, w, *ys, *(t for pair in sides for t in pair))
+        ctx.save_for_backward(x, scale, product, w, *ys, *sides)
         return product
 
     @staticmethod
@@ -179,11 +179,10 @@ class _PseudoInverseTimes(torch.autograd.Function):
         g = bmm(x, grad).div_(scale)
         squares = [bmm(y, y).sub_(y, alpha=7 / 2) for y in ys]
         outer = []  # of each step, first to last: gradients and their partners in Y and in S
-        for k, (y, s) in enumerate(zip(ys, squares, strict=True)):
-            w, sw = sides[2 * (ctx.iterations - 1 - k):][:2]
+        for y, s, w in zip(ys, squares, reversed(sides), strict=True):
             g_t = bmm(y, g).mul_(-1 / 4)
             g_s = torch.add(g_t, g, alpha=7 / 8)
-            outer.append((g, torch.add(sw, w, alpha=11 / 4), g_s, w))
+            outer.append((g, bmm(s, w).add_(w, alpha=11 / 4), g_s, w))
             g = bmm(s, g_s).add_(g, alpha=13 / 4).add_(g_t, alpha=11 / 4)
         above: torch.Tensor | None = None  # gradient of Y_{k+1}
         while squares:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,21 @@ def test_batched_product(kind: str) -> None:
     elif kind == "double":
         a, b = a.double(), b.double()
     torch.testing.assert_close(linear.bmm(a, b), torch.einsum("gnk,gkm->gnm", a, b))
+
+
+@pytest.mark.parametrize("view", [
+    lambda x: x[:, ::2], lambda x: x[:, :4], lambda x: x[:, :1].expand(-1, 4)])
+def test_onednn_never_meets_gaps(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It falls back to a kernel a thousand times as slow there."""
+    met: list[bool] = []
+
+    def spy(x: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
+        met.extend(part.is_contiguous() or part.T.is_contiguous() for part in (x, weight))
+        return x @ weight.T
+
+    monkeypatch.setattr(linear, "_DIRECT", spy)
+    x = torch.randn(6, 8, requires_grad=True)
+    Linear(4, 3, bias=False)(view(x)).sum().backward()
+    linear.bmm(view(x).detach()[None], view(x).detach().T[None])
+    assert len(met) == 8
+    assert all(met)
