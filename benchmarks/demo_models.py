@@ -27,7 +27,7 @@ from utils.options import option, parse
 from utils.storage import read_json, write_json
 
 TABLE = ["--label_dict", "skin:0,colon:1"]
-COMMON = ["--lr", "2e-4", "--drop_out", "0.25", "--max_epochs", "20"]
+COMMON = ["--lr", "2e-4", "--drop_out", "0.25", "--max_epochs", "40"]
 MODELS = {
     "clam_sb": [], "clam_mb": [], "abmil": [], "abmilx": ["--inner_dim", "256"],
     "transmil": ["--inner_dim", "128"], "dsmil": [], "mean": [], "max": [], "mil": [],

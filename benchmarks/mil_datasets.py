@@ -28,7 +28,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,14 +41,15 @@ import numpy as np
 from benchmarks._in_memory import train_and_test
 from benchmarks._mil_sets import CLIP, MilSet, find_sets, read_set, standardised, stratified_folds
 from models.slide_models import SlideModelSpec, build_slide_model
-from utils.errors import EXIT_FAILED, EXIT_OK, Refused, run_script
+from utils import __version__
+from utils.errors import EXIT_FAILED, EXIT_OK, BrokenFile, Refused, run_script
 from utils.fit_options import FitOptions
 from utils.options import option, parse
 from utils.parallel import available_cpus, run_items
 from utils.seeding import derive_seed, seed_everything
 from utils.storage import differences, file_sha256, plain, read_json, write_json
 
-FIT = FitOptions(opt="adamw", lr=2e-4, reg=5e-3, max_epochs=20)
+RECIPE: dict[str, Any] = {"opt": "adamw", "lr": 2e-4, "reg": 5e-3, "max_epochs": 20}
 MODELS: dict[str, dict[str, Any]] = {  # what differs from the defaults of SlideModelSpec
     "abmil_ungated": {"model_type": "abmil", "gated": False},
     "abmil": {"model_type": "abmil"},
@@ -82,6 +83,9 @@ class Options:
                        "from: those of the same settings are kept")
 
 
+Key = tuple[str, str, int]  # set, model, repeat
+
+
 class Job(NamedTuple):
     """One cross-validation of one model on one set."""
 
@@ -90,7 +94,7 @@ class Job(NamedTuple):
     repeat: int
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """What its result is filed under."""
         return self.path.stem, self.model, self.repeat
 
@@ -106,21 +110,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             for model in options.models for path in paths]
     shared = {"folds": options.folds, "seed": options.seed}
     wanted = {job.key: settings(job, **shared) for job in jobs}
-    records = kept_records(options.out, wanted)
+    records = read_records(options.out)
+    finished = {key: records[key] for key in wanted
+                if key in records and records[key]["settings"] == wanted[key]}
+    if stale := [key for key in wanted if key in records and key not in finished]:
+        print(f"{len(stale)} results of {options.out} have other settings and are made again ("
+              f"{differences(records[stale[0]]['settings'], wanted[stale[0]])})")
     failures = 0
-    todo = [job for job in jobs if job.key not in records]
+    todo = [job for job in jobs if job.key not in finished]
     for outcome in run_items(cross_validate, todo, workers=options.workers, arguments=shared):
         name, model, repeat = key = outcome.item.key
         if outcome.result is None:
             failures += 1
             print(f"{name} {model} repeat {repeat}: failed: {outcome.error}", file=sys.stderr)
             continue
-        records[key] = {"set": name, "model": model, "repeat": repeat,
-                        "settings": wanted[key], **outcome.result}
+        records[key] = finished[key] = {"set": name, "model": model, "repeat": repeat,
+                                        "settings": wanted[key], **outcome.result}
         write_json(options.out, [records[one] for one in sorted(records)])
         print(f"{name} {model} repeat {repeat}: accuracy "
               f"{np.mean(outcome.result['accuracy']):.3f}, {outcome.seconds:.0f} s", flush=True)
-    print_table([records[job.key] for job in jobs if job.key in records])
+    print_table([finished[job.key] for job in jobs if job.key in finished])
     return EXIT_FAILED if failures else EXIT_OK
 
 
@@ -135,25 +144,20 @@ def check_folds(data: MilSet, folds: int) -> None:
 def settings(job: Job, *, folds: int, seed: int) -> dict[str, Any]:
     """All that decides the numbers of a job, as json has it."""
     found: dict[str, Any] = plain({
-        "file": file_sha256(job.path), "folds": folds, "seed": seed, "clip": CLIP,
-        "model": MODELS[job.model], "fit": asdict(FIT)})
+        "version": __version__, "file": file_sha256(job.path), "folds": folds, "seed": seed,
+        "clip": CLIP, **RECIPE, "model": MODELS[job.model]})
     return found
 
 
-def kept_records(path: Path, wanted: dict[tuple[str, str, int], dict[str, Any]]
-                 ) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The results of an earlier run, but for those that this one wants with other settings."""
+def read_records(path: Path) -> dict[Key, dict[str, Any]]:
+    """The results of earlier runs; ``Refused`` when the file holds something else."""
     if not path.exists():
         return {}
-    kept = {}
-    for record in read_json(path):
-        key = (record["set"], record["model"], record["repeat"])
-        if key in wanted and record["settings"] != wanted[key]:
-            print(f"{' '.join(map(str, key))}: done again, {path} has other settings "
-                  f"({differences(record['settings'], wanted[key])})")
-        else:
-            kept[key] = record
-    return kept
+    try:
+        return {(record["set"], record["model"], record["repeat"]): record
+                for record in read_json(path) if record["settings"]}
+    except (BrokenFile, KeyError, TypeError):
+        raise Refused(f"{path} holds no results of this benchmark: give another --out") from None
 
 
 # ---------------------------------------------------------------------------- one job
@@ -176,7 +180,7 @@ def cross_validate(job: Job, *, folds: int, seed: int) -> dict[str, Any]:
         seed_everything(run_seed)
         answers = train_and_test(
             build_slide_model(spec), [bags[bag] for bag in train], [bags[bag] for bag in test],
-            replace(FIT, seed=run_seed))
+            FitOptions(**RECIPE, seed=run_seed))
         accuracy.append(float(np.mean(answers.argmax(axis=1) == data.labels[test])))
         labels.append(data.labels[test])
         scores.append(answers)

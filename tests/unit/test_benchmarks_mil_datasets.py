@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def toy_set(path: Path, *, bags: int = 12, signal: float = 6.0) -> Path:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe with two epochs."""
-    monkeypatch.setattr(mil_datasets, "FIT", replace(mil_datasets.FIT, max_epochs=2))
+    monkeypatch.setitem(mil_datasets.RECIPE, "max_epochs", 2)
 
 
 # ---------------------------------------------------------------------------- sets
@@ -164,7 +163,23 @@ def test_results_are_kept_until_their_settings_change(
     capsys.readouterr()
     assert run("--models", "abmil", "--repeats", "1", "--seed", "2") == EXIT_OK
     assert len(done) == 1 and len(read_json(out)) == 6
-    assert "seed: file has 1, you ask 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 results of" in said and "(seed: file has 1, you ask 2)" in said
+    assert run("--models", "max", "--repeats", "2") == EXIT_OK and not done
+    with np.load(toy_set(tmp_path / "other.npz", signal=1.0)) as file:
+        np.savez(tmp_path / "musk1.npz", **file)  # other data under the same name
+    (tmp_path / "other.npz").unlink()
+    assert run("--models", "max", "--repeats", "1") == EXIT_OK and len(done) == 1
+
+
+def test_an_out_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    toy_set(tmp_path / "toy.npz", bags=24)
+    for content in ("{", '[{"set": 1}]', "[3]"):
+        (tmp_path / "out.json").write_text(content)
+        with pytest.raises(Refused, match="give another --out"):
+            mil_datasets.main(["--data", str(tmp_path), "--folds", "2", "--workers", "0",
+                               "--out", str(tmp_path / "out.json")])
+        assert (tmp_path / "out.json").read_text() == content
 
 
 @pytest.mark.usefixtures("short")
