@@ -7,8 +7,9 @@ Every .npz of the folder is a set (musk1, musk2, elephant, fox, tiger, ...): X (
 bag (an id an instance), y (a label a bag, in the order of the ids). As in the paper: 10-fold
 cross-validation over bags, stratified, five times with new folds. Printed are the mean accuracy of
 the 50 test folds with two standard errors, over the means of the 5 repeats and over the 50 folds,
-and the AUC of all test bags of a repeat together, mean over repeats. The paper's errors are quoted
-as it prints them; ours is "within" when it is not below the paper's mean less its error.
+and the AUC of all test bags of a repeat together, mean over repeats. The paper's
+figures are quoted from issue 3 of this repository, not from the paper itself; ours is "within" when
+it is not below the paper's mean less its error.
 
 One recipe for all sets and models: each column in standard deviations of the training bags'
 instances, cut off at 3; our models at their default width and dropout (abmilx and transmil
