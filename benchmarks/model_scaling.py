@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(lines[-1]), flush=True)
         growths[model] = exponents(lines)
         time_growth, memory_growth = growths[model]
-        print(f"{'':9} grows as rows^{time_growth:.2f} (time), rows^{memory_growth:.2f} (memory)")
+        if len(options.rows) > 1:
+            print(f"{'':9} grows as rows^{time_growth:.2f} (time), rows^{memory_growth:.2f} "
+                  "(memory)")
         figures += lines
     if options.out:
         write_json(options.out, {"figures": [asdict(figure) for figure in figures],
