@@ -35,8 +35,8 @@ class ModelFlags(AbmilxOptions, TransmilOptions, DsmilOptions, HagOptions):
     embed_dim: int = option(1024, help="width of the features", low=1)
     bag_loss: str | None = option(
         None, choices=LOSS_NAMES, help="slide loss (default: ce, bce, mse or nll_surv by the task)")
-    label_smoothing: float = option(0.0, help="share of the target spread over all classes (ce, bce)",
-                                    low=0, high=0.99)
+    label_smoothing: float = option(0.0, low=0, high=0.99, help="share of the target spread over "
+                                    "all classes (ce, bce)")
     class_weights: Literal["none", "balanced"] = option(
         "none", help="weigh the slides' losses so that all classes count the same")
     n_bins: int = option(4, help="survival: bins of time, by the quantiles of the training events",
