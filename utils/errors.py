@@ -88,3 +88,5 @@ def run_script(main: Callable[[], int]) -> int:
         print("terminated: what was finished is kept, run the same command again to go on",
               file=sys.stderr)
         return 143
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while Python shuts down nobody catches it

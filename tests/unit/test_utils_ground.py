@@ -172,3 +172,13 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 def linger(path: str) -> None:
     Path(path).write_text(str(os.getpid()))
     time.sleep(120)
+
+
+def test_sigterm_while_python_shuts_down_shows_no_trace() -> None:
+    """An exit handler stands for what a library does at the end of the interpreter."""
+    code = ("import atexit, os, signal, sys\nfrom utils.errors import run_script\n"
+            "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+            "sys.exit(run_script(lambda: 0))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGTERM
+    assert run.stderr == ""
