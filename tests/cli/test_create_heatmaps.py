@@ -175,9 +175,8 @@ def test_again_does_nothing(project: Path, draw: Draw, monkeypatch: pytest.Monke
     assert [row["status"] for row in report()] == ["already done"] * 2
 
 
-def test_fine_map_reuses_the_coarse_one(
-    project: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """From now on: the coordinates (N, 2) of each call that encodes patches."""
     from datasets import patches
 
     encoded: list[np.ndarray] = []
@@ -188,6 +187,13 @@ def test_fine_map_reuses_the_coarse_one(
         return encode_slide(path, coords, **keywords)
 
     monkeypatch.setattr(patches, "encode_slide", counting)
+    return encoded
+
+
+def test_fine_map_reuses_the_coarse_one(
+    project: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = count_encoded(monkeypatch)
     (RAW / "s_0_0.5_roi_False.h5").unlink()
     assert draw() == 0
     coarse = set(map(tuple, read_h5(RAW / "s_0.h5").arrays["coords"].tolist()))
@@ -846,16 +852,7 @@ def test_geojson_of_levels_says_what_was_selected(levels: Draw) -> None:
 def test_levels_again_do_nothing_and_another_model_encodes_only_what_is_new(
     levels: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from datasets import patches
-
-    encoded: list[np.ndarray] = []
-    encode_slide = patches.encode_slide
-
-    def counting(path: Path, coords: np.ndarray, **keywords: Any) -> np.ndarray:
-        encoded.append(coords)
-        return encode_slide(path, coords, **keywords)
-
-    monkeypatch.setattr(patches, "encode_slide", counting)
+    encoded = count_encoded(monkeypatch)
     before = tree_of(Path("prod/hag"))
     assert levels() == 0
     assert not encoded and tree_of(Path("prod/hag")) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.checkpoints import clean_state_dict
 from models.slide_models import SlideModelSpec, build_slide_model
 from tests.conftest import GOLDEN
 from tests.golden import fill
+from tests.golden.arrays import assert_values
 from utils.contracts import Bag
 
 TOLERANCE = 3e-5
@@ -41,14 +43,7 @@ def build(case: dict[str, Any], kernel: str = "auto") -> ABMILX:
     return model
 
 
-def assert_array(found: torch.Tensor, golden: dict[str, Any]) -> None:
-    """Size (the original drops axes of 1), stored values, and both sums over the whole array."""
-    flat = found.double().flatten().numpy()
-    assert flat.size == np.prod(golden["shape"])
-    stored = golden.get("values", golden.get("first"))
-    np.testing.assert_allclose(flat[: len(stored)], stored, atol=TOLERANCE)
-    assert flat.sum() == pytest.approx(golden["sum"], abs=TOLERANCE * flat.size)
-    assert np.abs(flat).sum() == pytest.approx(golden["abs_sum"], abs=TOLERANCE * flat.size)
+assert_array = partial(assert_values, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "fused"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from models.instance_loss import cluster_instances
 from models.slide_models import SlideModelSpec, build_slide_model
 from tests.conftest import GOLDEN
 from tests.golden import fill
+from tests.golden.arrays import assert_values
 from utils.contracts import Bag
 from utils.losses import LOSSES
 
@@ -43,14 +45,7 @@ def features(run: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(fill.bag(run["N"], 1024, run["input_seed"]))
 
 
-def assert_array(found: torch.Tensor, golden: dict[str, Any]) -> None:
-    """Shape (but for a leading 1), the stored values, and both sums over the whole array."""
-    assert found.numel() == np.prod(golden["shape"])
-    flat = found.double().flatten().numpy()
-    stored = golden.get("values", golden.get("first"))
-    np.testing.assert_allclose(flat[: len(stored)], stored, atol=TOLERANCE)
-    assert flat.sum() == pytest.approx(golden["sum"], abs=TOLERANCE * flat.size)
-    assert np.abs(flat).sum() == pytest.approx(golden["abs_sum"], abs=TOLERANCE * flat.size)
+assert_array = partial(assert_values, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
