@@ -3,7 +3,13 @@
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch --stitch
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch --preset tcga.csv
 
-In two steps, to correct single slides by hand:
+Patches of one physical size, whatever the scanner (0.5 um per pixel = 20x), on one lattice:
+
+    python create_patches_fp.py --source SLIDES --save_dir OUT --seg --patch --patch_mpp 0.5 \\
+        --lattice global --min_tissue 0.5 --segmenter stain --dry_run     (then without --dry_run)
+
+In two steps, to correct single slides by hand (or outlines, in QuPath: --save_geojson, then
+--contours_dir OUT/contours_geojson):
 
     python create_patches_fp.py --source SLIDES --save_dir OUT --seg
     (look at OUT/masks, edit OUT/process_list_autogen.csv, set process to 1 where wanted)
@@ -16,9 +22,10 @@ into folders beside save_dir, OUT_level_1_corresponding and OUT_level_0_correspo
     python create_patches_fp.py --source SLIDES --save_dir OUT_level_2 --seg --patch \\
         --patch_level 2 --child_levels 1 0
 
-Every file directly in SLIDES is a slide (hidden files and sub-folders are left out). Writes
-patches/<slide>.h5 (level-0 coordinates), masks/ and stitches/<slide>.jpg, process_list_autogen.csv,
-report_patches.csv and .json. Running the same command again goes on where it stopped.
+Every file directly in SLIDES is a slide (hidden files and, without --recursive, sub-folders are
+left out). Writes patches/<slide>.h5 (level-0 coordinates), masks/ and stitches/<slide>.jpg,
+process_list_autogen.csv, report_patches.csv and .json. Running the same command again goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -26,52 +33,46 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import ItemFailed, Refused, run_script
 from utils.locks import sweep_locks
 from utils.options import option, parse, resolved
 from utils.parallel import describe_os_error, run_items
-from utils.report import Row, RunReport, Status, outcome_row
-from utils.storage import inside, safe_id, writable_folder
+from utils.report import RunReport, Status, outcome_row
+from utils.storage import writable_folder
+from wsi_core.patch_options import (
+    LEARNED,
+    OutputOptions,
+    RunOptions,
+    ScaleOptions,
+    TissueOptions,
+    check_outputs,
+    check_scale,
+    check_tissue,
+    output_plan,
+    patch_plan,
+    tissue_search,
+)
 
 if TYPE_CHECKING:
+    from models.tissue_networks import TissuePredictor
     from wsi_core.patching import PatchJob, PatchPlan
-    from wsi_core.presets import PatchingParameters
     from wsi_core.process_list import ProcessList
 
 SAVE_EVERY_S = 1.0  # the process list, while slides finish
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Flags of create_patches_fp.py."""
+class Options(RunOptions, OutputOptions, TissueOptions, ScaleOptions):
+    """Flags of create_patches_fp.py; most stand in wsi_core/patch_options.py."""
 
     source: Path = option(help="folder with slides")
     save_dir: Path = option(help="folder for patches/, masks/, stitches/ and the process list")
-    patch_size: int = option(256, low=1, high=16384, help="side of a patch, px of patch_level")
-    step_size: int = option(256, low=1, help="step of the grid, px of patch_level")
-    patch_level: int = option(0, low=0, high=127, help="pyramid level to read patches from")
-    child_levels: tuple[int, ...] = option(
-        (), low=0, high=127, help="finer levels, coarse to fine, that tile the coarse patches")
-    child_mpp: tuple[float, ...] = option(
-        (), low=0.01, high=100, help="the same by um per pixel, read at the best level and resized")
-    custom_downsample: Literal[1, 2] = option(
-        1, help="2: read patches (and step) twice as large, to be shrunk to patch_size")
     seg: bool = option(False, help="segment the tissue and draw masks")
     patch: bool = option(False, help="compute patch coordinates (with --seg)")
-    stitch: bool = option(False, help="draw a preview of the patches of each slide")
-    auto_skip: bool = option(True, help="redo slides that have their coordinates already")
-    preset: str | None = option(None, help="csv of parameters under presets/, e.g. tcga.csv")
-    process_list: str | None = option(None, help="csv inside save_dir: slides and parameters")
-    white_padding: bool = option(
-        False, help="patches that reach beyond the slide are filled with white, not black")
-    require_mpp: bool = option(
-        False, help="fail slides of unknown pixel size (a column mpp of the process list gives it)")
-    workers: int = option(0, low=0, help="slides at a time, in processes of their own; 0: one "
-                          "after the other in this process")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,31 +82,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options(options)
     from wsi_core.deriving import DerivePlan, derive_slides, prepare
     from wsi_core.hierarchy import wanted_children
-    from wsi_core.patching import PatchPlan
-    from wsi_core.slide import BLACK, WHITE
+    from wsi_core.planning import load_defaults, load_listing, load_sizes, plan_jobs
+    from wsi_core.slide_listing import MASKS
 
     finer = DerivePlan(save_dir=options.save_dir, redo=not options.auto_skip,
                        children=wanted_children(options.child_levels, options.child_mpp))
-
     defaults = load_defaults(options.preset)
-    listing = load_listing(options.source, options.save_dir, options.process_list, defaults)
-    plan = PatchPlan(
-        save_dir=options.save_dir, patch_size=options.patch_size, step_size=options.step_size,
-        patch_level=options.patch_level, custom_downsample=options.custom_downsample,
-        background=WHITE if options.white_padding else BLACK, require_mpp=options.require_mpp,
-        segment=options.seg, make_patches=options.patch, make_stitch=options.stitch,
-        redo=not options.auto_skip, single_thread=options.workers > 1)
+    listing = load_listing(options.source, options.save_dir, options.process_list, defaults,
+                           recursive=options.recursive, id_from_path=options.id_from_path)
+    sizes = load_sizes(options.mpp_csv, listing)
+    predictor = load_predictor(options)
+    plan = patch_plan(
+        options, options, save_dir=options.save_dir, segment=options.seg, patch=options.patch,
+        layout=options.layout, outputs=output_plan(options, options.save_dir),
+        search=tissue_search(options, mask_dir=options.save_dir / MASKS if predictor else None,
+                             record=predictor.record() if predictor else None))
     report = RunReport("patches")
-    jobs = plan_jobs(listing, options.source, defaults, plan, report)
-    for name in ("", "patches", "masks", "stitches"):
-        writable_folder(options.save_dir / name, what="--save_dir")
-    sweep_locks(options.save_dir / "patches")
+    jobs = plan_jobs(listing, options.source, defaults, sizes, plan, report)
+    if options.dry_run:
+        from wsi_core.dry_run import survey
+
+        return survey(jobs, plan, report, workers=options.workers)
+    prepare_folders(options, plan)
     prepare(finer, list(listing.rows), plan)
     print(f"{len(jobs)} slides to do, {len(report.rows)} settled before, of "
           f"{len(listing.rows)} listed")
+    spread = {"workers": options.workers, "scheduler": options.scheduler,
+              "deadline_s": options.slide_timeout}
     try:
-        do_jobs(jobs, plan, listing, report, workers=options.workers)
-        derive_slides(finer, listing, options.source, report, workers=options.workers)
+        if predictor is not None:
+            jobs = predict_tissue(jobs, predictor, plan, listing, report,
+                                  batch_size=options.seg_batch_size)
+        do_jobs(jobs, plan, listing, report, spread=spread)
+        derive_slides(finer, listing, options.source, report, **spread)
+        if options.save_lmdb is not None:
+            pack_patches(options, plan, listing, report)
     finally:
         save_results(listing, report, options)
     report.print_summary(options.save_dir)
@@ -116,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_options(options: Options) -> None:
     """Refuse combinations that would do nothing or cannot be done."""
-    if not (options.seg or options.patch or options.stitch):
+    beside = (options.stitch, options.visualize, options.save_geojson, options.save_images,
+              options.save_lmdb)
+    if not (options.seg or options.patch or any(beside)):
         raise Refused("nothing to do: give --seg (masks), --seg --patch (coordinates), --stitch")
     if options.patch and not options.seg:
         raise Refused("--patch needs the tissue outlines: give --seg --patch")
@@ -127,112 +140,87 @@ def check_options(options: Options) -> None:
                       f"{options.patch_level}: levels count from 0, the finest")
     if not options.source.is_dir():
         raise Refused(f"--source {options.source} is no folder: give the folder with the slides")
+    check_scale(options)
+    check_tissue(options)
+    check_outputs(options, options)
 
 
-def load_defaults(preset: str | None) -> PatchingParameters:
-    """The built-in parameters, or those of a preset."""
-    from wsi_core.presets import DEFAULTS, find_preset, load_preset
+def load_predictor(options: Options) -> TissuePredictor | None:
+    """The learned segmenter with its weights, None when tissue is found otherwise."""
+    if options.segmenter not in LEARNED or not options.seg:
+        return None
+    from models.tissue_networks import load_tissue_predictor
 
-    if preset is None:
-        return DEFAULTS
-    folders = [Path("presets"), Path(__file__).resolve().parent / "presets"]
-    return load_preset(find_preset(preset, folders=folders))
-
-
-def load_listing(source: Path, save_dir: Path, process_list: str | None,
-                 defaults: PatchingParameters) -> ProcessList:
-    """The slides of the run: those of the process list, or every file of the folder."""
-    from wsi_core.patching import list_slides
-    from wsi_core.process_list import check_stems, new_list, read_list
-
-    if process_list is not None:
-        listing = read_list(inside(save_dir, process_list), defaults)
-    else:
-        listing = new_list(list_slides(source), defaults)
-    check_stems(listing, source)
-    return listing
+    return load_tissue_predictor(options.segmenter, options.seg_ckpt, device=options.device,
+                                 threshold=options.seg_thresh)
 
 
-# ---------------------------------------------------------------------------- plan
+def prepare_folders(options: Options, plan: PatchPlan) -> None:
+    """Make the folders of the results and prove that they can be written, here and on a cluster."""
+    coords = plan.coords_path("x").parent
+    for name in ("", "patches", "masks", "stitches", *plan.beside.folders):
+        writable_folder(options.save_dir / name, what="--save_dir")
+    writable_folder(coords, what="--save_dir")
+    sweep_locks(coords)
+    if options.scheduler is not None:
+        from utils.dask_cluster import check_workers
 
-def plan_jobs(listing: ProcessList, source: Path, defaults: PatchingParameters, plan: PatchPlan,
-              report: RunReport) -> list[PatchJob]:
-    """The slides with work left; the others are settled in ``listing`` and ``report``.
-
-    ``Refused`` when coordinates of other parameters are there.
-    """
-    from wsi_core.patching import Left, find_standing
-    from wsi_core.process_list import to_process
-
-    jobs: list[PatchJob] = []
-    conflicts: list[str] = []
-    for name, row in listing.rows.items():
-        try:
-            if not to_process(row):
-                continue
-            safe_id(Path(name).stem)
-            job = plan_job(row, source, defaults)
-            standing = find_standing(job, plan)
-        except (Refused, ItemFailed) as error:
-            settle(listing, report, Row(item=name, status=Status.FAILED, reason=str(error)))
-            continue
-        if standing.left is Left.CONFLICT:
-            conflicts.append(f"{name} made with other parameters: {standing.why}")
-        elif standing.left is Left.NOTHING:
-            settle(listing, report, Row(item=name, status=Status.SKIPPED, numbers=standing.numbers))
-        else:
-            jobs.append(job)
-    if conflicts:
-        more = f" ({len(conflicts) - 1} more slides differ as well)" if len(conflicts) > 1 else ""
-        raise Refused(f"{plan.save_dir} holds coordinates of {conflicts[0]}{more}. "
-                      "Give --no_auto_skip to redo them, or another --save_dir")
-    return jobs
-
-
-def plan_job(row: dict[str, str], source: Path, defaults: PatchingParameters) -> PatchJob:
-    """A row as a job; ``Refused`` or ``SlideError`` when it cannot be one."""
-    from wsi_core.patching import PatchJob, automatic_level
-    from wsi_core.process_list import convert_legacy, is_legacy, row_mpp, row_parameters
-    from wsi_core.slide import check_level, open_slide
-
-    path = source / row["slide_id"]
-    if is_legacy(row):
-        with open_slide(path) as slide:
-            level = automatic_level(slide, row_parameters(row, defaults).seg_level)
-            check_level(slide, level)
-            convert_legacy(row, defaults, slide.level_downsamples[level])
-    return PatchJob(slide_path=path, parameters=row_parameters(row, defaults), mpp_um=row_mpp(row))
+        check_workers(options.scheduler, [options.source, options.save_dir])
 
 
 # ---------------------------------------------------------------------------- do
 
 def do_jobs(jobs: list[PatchJob], plan: PatchPlan, listing: ProcessList, report: RunReport, *,
-            workers: int) -> None:
+            spread: dict[str, Any]) -> None:
     """Work through the jobs; each ends as a row, whatever happens to the others."""
     from tqdm import tqdm
 
     from wsi_core.patching import patch_slide
+    from wsi_core.planning import settle
     from wsi_core.process_list import AUTOGEN, LIST_STATUS
 
     saved = 0.0
-    outcomes = run_items(patch_slide, jobs, workers=workers, arguments={"plan": plan})
+    outcomes = run_items(patch_slide, jobs, arguments={"plan": plan}, **spread)
     for outcome in tqdm(outcomes, total=len(jobs), disable=None, unit="slide"):
-        row = outcome_row(name := outcome.item.slide_path.name, outcome)
+        row = outcome_row(name := outcome.item.listed_as, outcome)
         settle(listing, report, row)
         counts = ", ".join(f"{row.numbers[key]} {text}" for key, text in
                            (("n_contours", "contours"), ("n_patches", "patches"))
                            if row.numbers.get(key, "") != "")
+        note = f" ({row.reason})" if row.status is Status.DONE and row.reason else ""
         tqdm.write(f"{name}: {LIST_STATUS[row.status]}{counts and ', ' + counts}, "
-                   f"{row.seconds:.2f} s")
+                   f"{row.seconds:.2f} s{note}")
         if time.monotonic() - saved > SAVE_EVERY_S:
             listing.save(plan.save_dir / AUTOGEN)
             saved = time.monotonic()
 
 
-def settle(listing: ProcessList, report: RunReport, row: Row) -> None:
-    """Write a slide's end into the report and its row of the process list."""
-    report.add(row)
-    listing.settle(row.item, row)
+def predict_tissue(jobs: list[PatchJob], predictor: TissuePredictor, plan: PatchPlan,
+                   listing: ProcessList, report: RunReport, *, batch_size: int) -> list[PatchJob]:
+    """Masks of the learned segmenter, all slides at once; the jobs that have theirs then."""
+    from datasets.tissue_masks import TissueSlide, predict_masks
+    from wsi_core.planning import settle
+
+    assert plan.search.mask_dir is not None
+    by_name = {job.slide_id: job for job in jobs}
+    slides = [TissueSlide(slide_id=job.slide_id, slide_path=job.slide_path, mpp_um=job.mpp_um)
+              for job in jobs]
+    for row in predict_masks(slides, predictor, folder=plan.search.mask_dir,
+                             batch_size=batch_size, redo=plan.redo):
+        if row.status in (Status.FAILED, Status.BUSY):
+            job = by_name.pop(row.item)
+            settle(listing, report, replace(row, item=job.listed_as))
+    return list(by_name.values())
+
+
+def pack_patches(options: Options, plan: PatchPlan, listing: ProcessList, report: RunReport
+                 ) -> None:
+    """Pack the patches of every slide that has coordinates into one LMDB."""
+    from wsi_core.pack import pack_slides
+
+    assert options.save_lmdb is not None
+    report.extend(pack_slides(listing, options.source, plan, options.save_lmdb,
+                              encoding=options.image_format, quality=options.jpeg_quality))
 
 
 def save_results(listing: ProcessList, report: RunReport, options: Options) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from wsi_core.hierarchy import Child, derive, level_folder
 from wsi_core.patching import PatchPlan
 from wsi_core.process_list import AUTOGEN, ProcessList
 from wsi_core.slide import Colour, Slide, fingerprint, open_slide
+from wsi_core.slide_listing import slide_file
 
 # The user's choices; the other parameters of a level are the input files.
-_SETTINGS = ("stage", "levels", "patch_level", "patch_size", "output_size", "background")
+_SETTINGS = ("stage", "levels", "patch_mpp", "patch_level", "patch_size", "output_size",
+             "background")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def prepare(plan: DerivePlan, names: Sequence[str], patching: PatchPlan) -> None
     names: slide files; patching: how the coarse grid of this run is made
     """
     coarse = _coarse(patching.patch_level, patching.patch_size * patching.custom_downsample,
-                     patching.patch_size, patching.background)
+                     patching.patch_size, patching.background, patching.patch_mpp)
     conflicts = []
     for index, child in enumerate(plan.children):
         for name in names if not plan.redo else ():
@@ -82,11 +84,16 @@ def prepare(plan: DerivePlan, names: Sequence[str], patching: PatchPlan) -> None
         sweep_locks(plan.folder(child) / "patches")
 
 
-def _coarse(patch_level: int, patch_size: int, output_size: int, background: Colour
-            ) -> dict[str, Any]:
-    """What the user chose for the coarse grid, which its finer levels record."""
-    return {"patch_level": patch_level, "patch_size": patch_size, "output_size": output_size,
-            "background": background}
+def _coarse(patch_level: int, patch_size: int, output_size: int, background: Colour,
+            patch_mpp: float | None) -> dict[str, Any]:
+    """What the user chose for the coarse grid, which its finer levels record.
+
+    By um per px, level and size read are the slide's affair.
+    """
+    chosen = {"output_size": output_size, "background": background}
+    if patch_mpp is not None:
+        return {"patch_mpp": patch_mpp, **chosen}
+    return {"patch_level": patch_level, "patch_size": patch_size, **chosen}
 
 
 def _settings(children: Sequence[Child], coarse: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +115,8 @@ def _is_foreign(plan: DerivePlan, slide_id: str) -> bool:
 # ---------------------------------------------------------------------------- the work
 
 def derive_slides(plan: DerivePlan, listing: ProcessList, source: Path, report: RunReport, *,
-                  workers: int) -> None:
+                  workers: int, scheduler: str | None = None, deadline_s: float | None = None
+                  ) -> None:
     """Make every level of every listed slide whose coarse coordinates are there.
 
     One row a slide and level goes into the report, and each level gets its process list.
@@ -118,14 +126,15 @@ def derive_slides(plan: DerivePlan, listing: ProcessList, source: Path, report: 
     lists = {child: listing.copy("no coordinates on the coarse level")
              for child in plan.children}
     failed = {row.item for row in report.rows if row.status in (Status.FAILED, Status.BUSY)}
-    slides = [source / name for name in listing.rows
+    slides = [(name, slide_file(source, name, row)) for name, row in listing.rows.items()
               if name not in failed and plan.h5_path(None, Path(name).stem).exists()]
     try:
-        for outcome in run_items(derive_slide, slides, workers=workers, arguments={"plan": plan}):
+        for outcome in run_items(_derive_listed, slides, workers=workers, scheduler=scheduler,
+                                 deadline_s=deadline_s, arguments={"plan": plan}):
             rows = outcome.result or [Row(item="", status=Status.FAILED, reason=outcome.error or "")
                                       for _ in plan.children]
             for child, row in zip(plan.children, rows, strict=True):
-                name = outcome.item.name
+                name = outcome.item[0]
                 lists[child].settle(name, row)
                 report.add(Row(item=f"{name} [{child.name}]", status=row.status,
                                reason=row.reason, numbers=row.numbers,
@@ -135,13 +144,22 @@ def derive_slides(plan: DerivePlan, listing: ProcessList, source: Path, report: 
             derived.save(plan.folder(child) / AUTOGEN)
 
 
-def derive_slide(slide_path: Path, *, plan: DerivePlan) -> list[Row]:
+def _derive_listed(listed: tuple[str, Path], *, plan: DerivePlan) -> list[Row]:
+    name, path = listed
+    return derive_slide(path, plan=plan, name=name)
+
+
+def derive_slide(slide_path: Path, *, plan: DerivePlan, name: str = "") -> list[Row]:
     """All levels of one slide, coarse to fine; a level that fails takes the finer ones along.
 
+    name: the slide in the process list, "" = its file name
     Raises ``BrokenFile`` without usable coarse coordinates, SlideError without the slide.
     """
-    parent = read_coords(plan.h5_path(None, slide_path.stem))
-    coarse = _coarse(parent.patch_level, parent.patch_size, parent.output_size, parent.background)
+    name = name or slide_path.name
+    slide_id = Path(name).stem
+    parent = read_coords(plan.h5_path(None, slide_id))
+    coarse = _coarse(parent.patch_level, parent.patch_size, parent.output_size, parent.background,
+                     parent.parameters.get("patch_mpp"))
     rows: list[Row] = []
     with _Opened(slide_path) as slide:
         for index, child in enumerate(plan.children):
@@ -149,14 +167,15 @@ def derive_slide(slide_path: Path, *, plan: DerivePlan) -> list[Row]:
                       "parent_sha256": coords_digest(parent.coords),
                       "parent_mpp_um": parent.mpp_um}
             try:
-                row, parent = _level(slide, parent, child, wanted, plan)
+                row, parent = _level(slide, parent, child, wanted, plan.h5_path(child, slide_id),
+                                     redo=plan.redo)
             except (ItemFailed, _Busy) as error:
                 status = Status.BUSY if isinstance(error, _Busy) else Status.FAILED
-                rows.append(Row(item=slide_path.name, status=status, reason=str(error)))
-                rows += [Row(item=slide_path.name, status=status, reason=f"needs {child.name}, "
+                rows.append(Row(item=name, status=status, reason=str(error)))
+                rows += [Row(item=name, status=status, reason=f"needs {child.name}, "
                              "which was not made") for _ in plan.children[index + 1:]]
                 break
-            rows.append(row)
+            rows.append(replace(row, item=name))
     return rows
 
 
@@ -179,13 +198,12 @@ class _Opened(contextlib.ExitStack):
 
 
 def _level(slide: _Opened, parent: PatchCoords, child: Child, wanted: dict[str, Any],
-           plan: DerivePlan) -> tuple[Row, PatchCoords]:
-    """Find or make one level of a slide."""
-    path = plan.h5_path(child, slide.path.stem)
+           path: Path, *, redo: bool) -> tuple[Row, PatchCoords]:
+    """Find or make one level of a slide, at ``path``."""
     with claim(path) as mine:
         if not mine:
             raise _Busy("another process works on it")
-        made = None if plan.redo else _standing(path, wanted)
+        made = None if redo else _standing(path, wanted)
         status = Status.SKIPPED
         if made is None:
             made, status = derive(slide.get(), parent, child, parameters=wanted), Status.DONE

@@ -17,9 +17,9 @@ import numpy as np
 
 from utils.errors import ItemFailed, Refused
 from wsi_core.coords import Descent, PatchCoords, coords_digest
+from wsi_core.scale import MPP_TOLERANCE
 from wsi_core.slide import LEVEL_TOLERANCE, Slide, best_level, nominal_downsample
 
-MPP_TOLERANCE = 0.05  # by which a pixel size may miss the one asked for
 
 
 @dataclass(frozen=True)

@@ -5,34 +5,36 @@ The h5 is written last: it is the commit mark, so a slide whose h5 is complete h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.errors import BrokenFile, ItemFailed, SlideError
 from utils.locks import claim
 from utils.report import Row, Status
-from utils.storage import canonical, differences, write_image
+from utils.storage import canonical, differences
 from wsi_core.coords import PatchCoords, read_coords, write_coords
-from wsi_core.drawing import draw_mask, draw_stitch
+from wsi_core.drawing import draw_mask
+from wsi_core.find_tissue import Overviews, TissueSearch, automatic_level, find_tissue
 from wsi_core.grid import patch_grid
+from wsi_core.lattice import enough_tissue, global_lattice
+from wsi_core.layouts import Layout, coords_path
+from wsi_core.outputs import OutputPlan, write_picture
 from wsi_core.presets import SEGMENTATION_NAMES, PatchingParameters
+from wsi_core.scale import PatchScale, Reading, objective_mpp, plan_reading, unknown_mpp
 from wsi_core.slide import (
     BLACK,
+    WHITE,
     Colour,
     Slide,
-    best_level,
     fingerprint,
-    nominal_downsample,
+    objective_disagrees,
     open_slide,
-    read_level,
 )
-from wsi_core.tissue import Tissue, segment_image
-
-OVERVIEW_DOWNSAMPLE = 64.0  # automatic levels: the coarsest at most this far below level 0
+from wsi_core.tissue import Tissue
 
 # What decides coordinates; levels and thicknesses of pictures do not.
 _DECISIVE = (*SEGMENTATION_NAMES, "use_padding", "contour_fn")
@@ -42,12 +44,18 @@ _DECISIVE = (*SEGMENTATION_NAMES, "use_padding", "contour_fn")
 class PatchPlan:
     """What all slides of a run share.
 
-    patch_size, step_size: px of ``patch_level`` after the custom downsample
+    patch_size, step_size: px of ``patch_level`` after the custom downsample, or of ``patch_mpp``
     custom_downsample: read this many times larger patches and shrink them
+    patch_mpp: um per px of a patch; None = patches are taken from ``patch_level``
+    divide_by: with patch_mpp, its level-0 side is a multiple of this, for finer levels
+    lattice: a grid for each piece of tissue (CLAM), or one for the slide
+    min_tissue: share of a patch that must be tissue; 0 = as the contour rule says
+    white_thresh, black_thresh: leave out patches that are glass or black, see pixel_filters
     background: RGB of what lies outside the slide
-    require_mpp: fail slides whose pixel size is unknown
-    segment, make_patches, make_stitch: write ``masks/``, ``patches/``, ``stitches/``; patches
-        need ``segment``
+    require_mpp: fail slides whose pixel size is unknown; mpp_from_objective: take 10 / objective
+        power for it then
+    segment, make_patches: write ``masks/``, ``patches/``; patches need ``segment``
+    search: how tissue is found; outputs: what is made beside; layout: of the h5
     redo: write again what is there
     single_thread: keep OpenCV to one thread, for several workers
     """
@@ -57,34 +65,70 @@ class PatchPlan:
     step_size: int = 256
     patch_level: int = 0
     custom_downsample: int = 1
+    patch_mpp: float | None = None
+    divide_by: int = 1
+    lattice: Literal["contour", "global"] = "contour"
+    min_tissue: float = 0.0
+    white_thresh: int | None = None
+    black_thresh: int | None = None
     background: Colour = BLACK
     require_mpp: bool = False
+    mpp_from_objective: bool = False
     segment: bool = True
     make_patches: bool = True
-    make_stitch: bool = False
+    search: TissueSearch = TissueSearch()
+    outputs: OutputPlan | None = None
+    layout: Layout = "clam"
     redo: bool = False
     single_thread: bool = False
+
+    @property
+    def scale(self) -> PatchScale:
+        """How patches are wanted."""
+        return PatchScale(patch_px=self.patch_size, step_px=self.step_size,
+                          patch_level=self.patch_level, mpp_um=self.patch_mpp,
+                          divide_by=self.divide_by, custom_downsample=self.custom_downsample)
+
+    @property
+    def beside(self) -> OutputPlan:
+        """The outputs beside the coordinates, possibly none."""
+        return self.outputs or OutputPlan(save_dir=self.save_dir)
+
+    def coords_path(self, slide_id: str) -> Path:
+        """Where a slide's coordinates go."""
+        return coords_path(self.save_dir, slide_id, self.layout, mpp_um=self.patch_mpp,
+                           patch_px=self.patch_size,
+                           overlap_px=max(0, self.patch_size - self.step_size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchJob:
-    """One slide of a run. ``mpp_um`` is the user's word on the pixel size of level 0."""
+    """One slide of a run. ``mpp_um`` is the user's word on the pixel size of level 0.
+
+    name: the slide as the process list calls it, "" = its file name
+    """
 
     slide_path: Path
     parameters: PatchingParameters
     mpp_um: float | None = None
+    name: str = ""
+
+    @property
+    def listed_as(self) -> str:
+        """The slide's name in the process list and the report."""
+        return self.name or self.slide_path.name
 
     @property
     def slide_id(self) -> str:
-        """File name without its last extension."""
-        return self.slide_path.stem
+        """That name without its last extension; names the slide's files."""
+        return Path(self.listed_as).stem
 
 
 class Left(Enum):
     """What is left to do on a slide."""
 
     EVERYTHING = "everything"
-    STITCH = "the stitch"
+    EXTRAS = "pictures and exports"
     NOTHING = "nothing"
     CONFLICT = "made with other parameters"
 
@@ -100,19 +144,18 @@ class Standing:
 
 # ---------------------------------------------------------------------------- what is there
 
-def h5_path(job: PatchJob, plan: PatchPlan) -> Path:
-    """Where the slide's coordinates go."""
-    return plan.save_dir / "patches" / f"{job.slide_id}.h5"
-
-
 def wanted_parameters(
     job: PatchJob, plan: PatchPlan, *, seg_level: int, seg_level_auto: int
 ) -> dict[str, Any]:
     """Everything that determines the coordinates of a slide, for the record in its h5.
 
     ``seg_level`` is the level used, ``seg_level_auto`` the one that -1 stands for on this slide.
-    Raises SlideError when the slide is not there.
+    What goes beyond CLAM's settings is there only when it is used. Raises SlideError when the
+    slide is not there.
     """
+    plain = PatchPlan(save_dir=plan.save_dir)
+    beyond = ("patch_mpp", "divide_by", "lattice", "min_tissue", "white_thresh", "black_thresh",
+              "mpp_from_objective", "layout")
     return {
         "stage": "patches", **fingerprint(job.slide_path),
         "patch_size": plan.patch_size, "step_size": plan.step_size,
@@ -120,32 +163,21 @@ def wanted_parameters(
         "background": plan.background, "mpp_override": job.mpp_um,
         "seg_level": seg_level, "seg_level_auto": seg_level_auto,
         **{name: getattr(job.parameters, name) for name in _DECISIVE},
+        **{name: getattr(plan, name) for name in beyond
+           if getattr(plan, name) != getattr(plain, name)},
+        **plan.search.parameters(job.slide_id),
     }
-
-
-def list_slides(source: Path) -> list[str]:
-    """Names of the files directly in a folder, hidden ones left out; ``Refused`` when none."""
-    try:
-        names = sorted(path.name for path in source.iterdir()
-                       if path.is_file() and not path.name.startswith("."))
-    except OSError as error:
-        raise Refused(f"--source {source} cannot be read ({error.strerror}): give the folder "
-                      "with the slides") from None
-    if not names:
-        raise Refused(f"--source {source} has no files: give the folder that holds the slides "
-                      "themselves (sub-folders are not searched)")
-    return names
 
 
 def find_standing(job: PatchJob, plan: PatchPlan) -> Standing:
     """What is left to do on a slide. It is not opened: its h5 says what "automatic" was."""
-    path = h5_path(job, plan)
+    path = plan.coords_path(job.slide_id)
     if plan.redo or not path.exists():
-        return Standing(left=Left.EVERYTHING if plan.segment else Left.STITCH)
+        return Standing(left=Left.EVERYTHING if plan.segment else Left.EXTRAS)
     try:
         found = read_coords(path)
     except BrokenFile as error:
-        left = Left.EVERYTHING if plan.segment else Left.STITCH
+        left = Left.EVERYTHING if plan.segment else Left.EXTRAS
         return Standing(left=left, why=str(error))
     if plan.make_patches and found.parameters:  # a CLAM file has none and counts as done
         automatic = int(found.parameters.get("seg_level_auto", -1))
@@ -157,14 +189,8 @@ def find_standing(job: PatchJob, plan: PatchPlan) -> Standing:
     numbers: dict[str, Any] = {"n_patches": len(found)}
     if found.tissue is not None:
         numbers["n_contours"] = len(found.tissue.contours)
-    picture = _stitch_path(job, plan)
-    drawn = picture.exists() or picture.with_suffix(".png").exists()
-    left = Left.STITCH if plan.make_stitch and len(found) and not drawn else Left.NOTHING
+    left = Left.EXTRAS if plan.beside.missing(job.slide_id, found) else Left.NOTHING
     return Standing(left=left, numbers=numbers)
-
-
-def _stitch_path(job: PatchJob, plan: PatchPlan) -> Path:
-    return plan.save_dir / "stitches" / f"{job.slide_id}.jpg"
 
 
 # ---------------------------------------------------------------------------- the work
@@ -178,145 +204,144 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
 
     if plan.single_thread:
         cv2.setNumThreads(1)
-    with claim(h5_path(job, plan)) as mine:
+    path = plan.coords_path(job.slide_id)
+    with claim(path) as mine:
         if not mine:
-            return Row(item=job.slide_path.name, status=Status.BUSY,
+            return Row(item=job.listed_as, status=Status.BUSY,
                        reason="another process works on it")
         standing = find_standing(job, plan)  # another process may have been here since
         if standing.left is Left.NOTHING:
-            return Row(item=job.slide_path.name, status=Status.SKIPPED, numbers=standing.numbers)
+            return Row(item=job.listed_as, status=Status.SKIPPED, numbers=standing.numbers)
         if standing.left is Left.CONFLICT:
-            raise ItemFailed(f"{h5_path(job, plan)} was just made with other parameters: "
-                             f"{standing.why}")
+            raise ItemFailed(f"{path} was just made with other parameters: {standing.why}")
         with open_slide(job.slide_path) as slide:
-            if standing.left is Left.STITCH:
-                return _stitch_only(slide, job, plan)
+            if standing.left is Left.EXTRAS:
+                return _extras_only(slide, job, plan)
             return _process(slide, job, plan)
 
 
-def automatic_level(slide: Slide, level: int) -> int:
-    """``level``, or for a negative one the coarsest level at most 64 times below level 0."""
-    return level if level >= 0 else best_level(slide, OVERVIEW_DOWNSAMPLE)
-
-
-class _Overviews:
-    """Whole levels of a slide, each read once."""
-
-    def __init__(self, slide: Slide) -> None:
-        self.slide = slide
-        self._read: dict[int, tuple[np.ndarray, tuple[float, float]]] = {}
-
-    def __getitem__(self, level: int) -> tuple[np.ndarray, tuple[float, float]]:
-        if level not in self._read:
-            self._read[level] = read_level(self.slide, level)
-        return self._read[level]
-
-
 def _process(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
-    slide_mpp = _pixel_size(slide, job, plan)
-    seg_level = automatic_level(slide, job.parameters.seg_level)
+    before = fingerprint(job.slide_path)
+    slide_mpp, note = pixel_size(slide, job, plan)
+    reading = plan_reading(slide, plan.scale, slide_mpp)
+    overviews = Overviews(slide)
+    tissue = find_tissue(overviews, job.slide_id, job.parameters, plan.search,
+                         slide_mpp=slide_mpp)
     vis_level = automatic_level(slide, job.parameters.vis_level)
-    if plan.patch_level >= len(slide.level_dimensions):
-        raise ItemFailed(f"{slide.path}: has no level {plan.patch_level} to take patches from, "
-                         f"only 0 to {len(slide.level_dimensions) - 1}: choose --patch_level")
-    overviews = _Overviews(slide)
-    tissue = segment_image(*overviews[seg_level], job.parameters)
-    mask = draw_mask(*overviews[vis_level], tissue,
-                     line_thickness=job.parameters.line_thickness)
-    _write_picture(plan.save_dir / "masks" / f"{job.slide_id}.jpg", mask)
-    numbers = {"seg_level": seg_level, "vis_level": vis_level,
-             "n_contours": len(tissue.contours), "n_patches": "",
-             "mpp_used": f"{sum(slide_mpp) / 2:.6g}" if slide_mpp else ""}
+    write_picture(plan.save_dir / "masks" / f"{job.slide_id}.jpg", draw_mask(
+        *overviews.level(vis_level), tissue, line_thickness=job.parameters.line_thickness))
+    numbers = {"seg_level": automatic_level(slide, job.parameters.seg_level),
+               "vis_level": vis_level, "n_contours": len(tissue.contours), "n_patches": "",
+               "mpp_used": f"{sum(slide_mpp) / 2:.6g}" if slide_mpp else ""}
     if not plan.make_patches:
-        if plan.make_stitch and h5_path(job, plan).exists():
-            _stitch_only(slide, job, plan)
-        return _result(tissue, numbers, None, job)
-    patches = _grid(slide, tissue, slide_mpp, seg_level, job, plan)
-    _stitch(overviews, patches, job, plan)
-    write_coords(h5_path(job, plan), patches, save_path=str(plan.save_dir / "patches"))
-    return _result(tissue, {**numbers, "n_patches": len(patches)}, patches, job)
+        if plan.beside.pictures and plan.coords_path(job.slide_id).exists():
+            _extras_only(slide, job, plan)
+        return _result(tissue, numbers, None, job, note)
+    patches = place_patches(slide, tissue, reading, slide_mpp, job, plan)
+    plan.beside.clear(job.slide_id)
+    plan.beside.make(overviews, patches, plan.beside.missing(job.slide_id, patches))
+    if fingerprint(job.slide_path) != before:
+        raise SlideError(f"{job.slide_path}: was replaced while it was read: run the same command "
+                         "again")
+    write_coords(plan.coords_path(job.slide_id), patches, layout=plan.layout,
+                 slide_path=job.slide_path)
+    return _result(tissue, {**numbers, "n_patches": len(patches)}, patches, job, note)
 
 
-def _pixel_size(slide: Slide, job: PatchJob, plan: PatchPlan) -> tuple[float, float] | None:
-    """(x, y) um per level-0 px: the user's word, else the slide's own, else None."""
+def pixel_size(slide: Slide, job: PatchJob, plan: PatchPlan
+               ) -> tuple[tuple[float, float] | None, str]:
+    """(x, y) um per level-0 px and a note for the report.
+
+    The user's word, else the slide's own, else that of its objective if the plan says so, else
+    None. Raises ItemFailed when it is needed and unknown.
+    """
     if job.mpp_um is not None:
-        return job.mpp_um, job.mpp_um
-    if slide.mpp_um is None and plan.require_mpp:
-        raise ItemFailed(f"{slide.path}: pixel size unknown "
-                         f"({slide.mpp_problem or 'the file gives none'}): put um per pixel into "
-                         "a column 'mpp' of the process list, or leave --require_mpp out")
-    return slide.mpp_um
-
-
-def _grid(slide: Slide, tissue: Tissue, slide_mpp: tuple[float, float] | None, seg_level: int,
-          job: PatchJob, plan: PatchPlan) -> PatchCoords:
-    """The slide's patches, with everything later stages want to know of them."""
-    scale = tuple(map(nominal_downsample, slide.level_downsamples[plan.patch_level]))
-    read_size = plan.patch_size * plan.custom_downsample
-    step_size = plan.step_size * plan.custom_downsample
-    coords = patch_grid(
-        tissue, patch_px_l0=(read_size * scale[0], read_size * scale[1]),
-        step_px_l0=(step_size * scale[0], step_size * scale[1]),
-        slide_size=slide.level_dimensions[0], contour_fn=job.parameters.contour_fn,
-        use_padding=job.parameters.use_padding)
-    return PatchCoords(
-        slide_id=job.slide_id, coords=coords, patch_size=read_size, patch_level=plan.patch_level,
-        output_size=plan.patch_size,
-        level_downsample=slide.level_downsamples[plan.patch_level],
-        level_size=slide.level_dimensions[plan.patch_level],
-        slide_size=slide.level_dimensions[0],
-        footprint_px_l0=(round(read_size * scale[0]), round(read_size * scale[1])),
-        step_px_l0=(round(step_size * scale[0]), round(step_size * scale[1])),
-        mpp_um=None if slide_mpp is None else
-        sum(slide_mpp) / 2 * sum(scale) / 2 * plan.custom_downsample,
-        slide_mpp_um=slide_mpp, background=plan.background,
-        parameters=wanted_parameters(job, plan, seg_level=seg_level,
-                                     seg_level_auto=automatic_level(slide, -1)),
-        tissue=tissue)
-
-
-def _stitch(overviews: _Overviews, patches: PatchCoords, job: PatchJob, plan: PatchPlan) -> None:
-    """Write the stitch, or take away one that shows coordinates which are now replaced."""
-    path = _stitch_path(job, plan)
-    if plan.make_stitch and len(patches):
-        overview = overviews[best_level(overviews.slide, OVERVIEW_DOWNSAMPLE)]
-        _write_picture(path, draw_stitch(*overview, patches.coords, patches.footprint_px_l0))
+        mpp: tuple[float, float] | None = (job.mpp_um, job.mpp_um)
+    elif slide.mpp_um is None and plan.mpp_from_objective and slide.objective_power:
+        mpp_um = objective_mpp(slide.objective_power)
+        return (mpp_um, mpp_um), (f"pixel size taken for {mpp_um:g} um, as the objective is "
+                                  f"{slide.objective_power:g}x")
     else:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".png").unlink(missing_ok=True)
+        mpp = slide.mpp_um
+    if mpp is None:
+        if plan.require_mpp or plan.patch_mpp is not None:
+            raise ItemFailed(unknown_mpp(slide))
+        return None, ""
+    return mpp, objective_disagrees(slide, sum(mpp) / 2)
 
 
-def _write_picture(path: Path, image: np.ndarray) -> None:
-    """Write a .jpg, or a .png where it is too large; an older one of the other kind goes."""
-    written = write_image(path, image)
-    for suffix in (".jpg", ".png"):
-        if path.with_suffix(suffix) != written:
-            path.with_suffix(suffix).unlink(missing_ok=True)
+def place_patches(slide: Slide, tissue: Tissue, reading: Reading,
+                  slide_mpp: tuple[float, float] | None, job: PatchJob, plan: PatchPlan, *,
+                  by_pixels: bool = True) -> PatchCoords:
+    """The slide's patches, with everything later stages want to know of them.
+
+    by_pixels: read them where the plan leaves out white or black ones
+    """
+    footprint = (round(reading.footprint_px_l0[0]), round(reading.footprint_px_l0[1]))
+    patches = PatchCoords(
+        slide_id=job.slide_id, coords=_corners(slide, tissue, reading, job, plan),
+        patch_size=reading.read_px, patch_level=reading.level, output_size=reading.output_px,
+        level_downsample=slide.level_downsamples[reading.level],
+        level_size=slide.level_dimensions[reading.level], slide_size=slide.level_dimensions[0],
+        footprint_px_l0=footprint,
+        step_px_l0=(round(reading.step_px_l0[0]), round(reading.step_px_l0[1])),
+        mpp_um=reading.mpp_um, slide_mpp_um=slide_mpp, background=plan.background,
+        parameters=wanted_parameters(
+            job, plan, seg_level=automatic_level(slide, job.parameters.seg_level),
+            seg_level_auto=automatic_level(slide, -1)),
+        tissue=tissue)
+    if not by_pixels or (plan.white_thresh is None and plan.black_thresh is None):
+        return patches
+    from wsi_core.pixel_filters import keep_by_pixels
+
+    keep = keep_by_pixels(slide, patches, white_thresh=plan.white_thresh,
+                          black_thresh=plan.black_thresh)
+    return replace(patches, coords=patches.coords[keep])
 
 
-def _stitch_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
-    path = h5_path(job, plan)
+def _corners(slide: Slide, tissue: Tissue, reading: Reading, job: PatchJob, plan: PatchPlan
+             ) -> np.ndarray:
+    """(N, 2) level-0 px by the lattice that the plan asks for."""
+    size = slide.level_dimensions[0]
+    if plan.lattice == "global":
+        return global_lattice(
+            tissue, patch_px_l0=reading.footprint_px_l0, step_px_l0=reading.step_px_l0,
+            slide_size=size, min_tissue=plan.min_tissue, pad=plan.background == WHITE)
+    coords = patch_grid(
+        tissue, patch_px_l0=reading.footprint_px_l0, step_px_l0=reading.step_px_l0,
+        slide_size=size, contour_fn=job.parameters.contour_fn,
+        use_padding=job.parameters.use_padding)
+    if plan.min_tissue <= 0:
+        return coords
+    return coords[enough_tissue(coords, tissue, patch_px_l0=reading.footprint_px_l0,
+                                slide_size=size, min_tissue=plan.min_tissue)]
+
+
+def _extras_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
+    path = plan.coords_path(job.slide_id)
     if not path.exists():
-        raise ItemFailed(f"{path} is not there to stitch: run with --seg --patch first")
+        raise ItemFailed(f"{path} is not there to draw: run with --seg --patch first")
     patches = read_coords(path)
-    _stitch(_Overviews(slide), patches, job, plan)
-    return Row(item=job.slide_path.name, status=Status.DONE if len(patches) else Status.EMPTY,
+    if plan.redo:
+        plan.beside.clear(job.slide_id)
+    plan.beside.make(Overviews(slide), patches, plan.beside.missing(job.slide_id, patches))
+    return Row(item=job.listed_as, status=Status.DONE if len(patches) else Status.EMPTY,
                reason="" if len(patches) else "the coordinates file has no patches",
                numbers={"n_patches": len(patches)})
 
 
 def _result(tissue: Tissue, numbers: dict[str, Any], patches: PatchCoords | None,
-            job: PatchJob) -> Row:
+            job: PatchJob, note: str) -> Row:
     """Done, or empty with the reason why."""
     if tissue.contours and (patches is None or len(patches)):
-        return Row(item=job.slide_path.name, status=Status.DONE, numbers=numbers)
+        return Row(item=job.listed_as, status=Status.DONE, numbers=numbers, reason=note)
     if tissue.contours:
         reason = (f"{len(tissue.contours)} pieces of tissue, but no patch lies in them: "
-                  "try a smaller --patch_size or another contour_fn")
+                  "try a smaller --patch_size, another contour_fn or a smaller --min_tissue")
     elif tissue.n_too_small:
         reason = (f"no tissue: all {tissue.n_too_small} pieces are smaller than a_t "
-                  f"({job.parameters.a_t:g} x 512 x 512 px): give a smaller a_t in a preset or the "
-                  "process list")
+                  f"({job.parameters.a_t:g} x 512 x 512 px) or --min_area_um2: give a smaller one "
+                  "in a preset or the process list")
     else:
         reason = "no tissue: nothing on the slide is coloured enough"
-    return Row(item=job.slide_path.name, status=Status.EMPTY, reason=reason, numbers=numbers)
+    return Row(item=job.listed_as, status=Status.EMPTY, reason=reason, numbers=numbers)

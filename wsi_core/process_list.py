@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ LISTED_PARAMETERS = tuple(name for name in PARAMETER_NAMES
                           if name not in ("white_thresh", "black_thresh"))
 CANONICAL_COLUMNS = ("slide_id", "process", "status", *LISTED_PARAMETERS)
 RESULT_COLUMNS = ("n_contours", "n_patches", "mpp_used", "reason")
+PATH_COLUMN = "path"  # of slides in sub-folders: where they lie, from --source on
 LEGACY_AREA = "a"  # lists of old: smallest area in pixels of seg_level
 _RESET_BY_LEGACY = ("a_t", "a_h", "max_n_holes", "line_thickness", "contour_fn")
 
@@ -63,9 +64,16 @@ class ProcessList:
         write_text(path, text.getvalue())
 
 
-def new_list(slide_ids: Sequence[str], defaults: PatchingParameters) -> ProcessList:
-    """A list in which every slide (file name with extension) is to be processed."""
-    return _complete(["slide_id"], [{"slide_id": name} for name in slide_ids], defaults)
+def new_list(slide_ids: Iterable[str], defaults: PatchingParameters, *,
+             paths: Mapping[str, str] | None = None) -> ProcessList:
+    """A list in which every slide (file name with extension) is to be processed.
+
+    paths: where slides lie that are not directly in the source folder, by name; they make the
+    column ``path``.
+    """
+    rows = [{"slide_id": name, **({PATH_COLUMN: paths[name]} if paths else {})}
+            for name in slide_ids]
+    return _complete(["slide_id", *([PATH_COLUMN] if paths else [])], rows, defaults)
 
 
 def read_list(path: Path, defaults: PatchingParameters) -> ProcessList:
@@ -103,17 +111,6 @@ def _complete(columns: list[str], rows: list[Cells], defaults: PatchingParameter
                        {row["slide_id"]: row for row in rows})
 
 
-def check_stems(listing: ProcessList, source: Path) -> None:
-    """``Refused`` when two slides of the list would write results of the same name."""
-    stems: dict[str, str] = {}
-    for name in listing.rows:
-        stem = Path(name).stem
-        other = stems.setdefault(stem, name)
-        if other != name:
-            raise Refused(f"{source / other} and {source / name} would both become {stem}.h5: "
-                          "rename one of them, or give each a folder and a --save_dir of its own")
-
-
 def to_process(row: Mapping[str, str]) -> bool:
     """Whether the row's ``process`` cell says so; ``Refused`` when it is neither 1 nor 0."""
     answers = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
@@ -130,7 +127,13 @@ def row_parameters(row: Mapping[str, str], defaults: PatchingParameters) -> Patc
 
 def row_mpp(row: Mapping[str, str]) -> float | None:
     """um per level-0 px that the user gives in a column ``mpp``; None when the cell is empty."""
-    text = row.get("mpp", "").strip()
+    return parse_mpp(row.get("mpp", ""))
+
+
+def parse_mpp(cell: str, *, where: str = "") -> float | None:
+    """um per level-0 px in a cell, None when it is empty; ``Refused``, beginning with ``where``,
+    when it is no pixel size."""
+    text = cell.strip()
     if not text:
         return None
     try:
@@ -138,7 +141,7 @@ def row_mpp(row: Mapping[str, str]) -> float | None:
     except ValueError:
         mpp_um = 0.0
     if not 0.01 <= mpp_um <= 100:
-        raise Refused(f"mpp is {text!r}, expected micrometres per pixel such as 0.25")
+        raise Refused(f"{where}mpp is {text!r}, expected micrometres per pixel such as 0.25")
     return mpp_um
 
 

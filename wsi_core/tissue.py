@@ -63,10 +63,21 @@ def segment_image(
     Returns contours and holes in level-0 px, filtered by area and by ``keep_ids`` and
     ``exclude_ids``. Raises ItemFailed when one of those ids does not exist.
     """
+    return outline_tissue(tissue_mask(rgb, parameters), downsample, parameters)
+
+
+def outline_tissue(
+    mask: np.ndarray, downsample: tuple[float, float], parameters: PatchingParameters
+) -> Tissue:
+    """Outlines of a binary (h, w) mask that is ``downsample`` (x, y) times below level 0.
+
+    Filtered as the parameters say: areas ``a_t`` and ``a_h``, ``max_n_holes``, ``keep_ids`` and
+    ``exclude_ids``. Raises ItemFailed when one of those ids does not exist.
+    """
     import cv2
 
     found, hierarchy = cv2.findContours(
-        tissue_mask(rgb, parameters), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        np.ascontiguousarray(mask, np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     outlines = [np.asarray(outline) for outline in found]
     # OpenCV gives None for a blank image; the fourth column is the parent, -1 = outer
     parents = np.empty(0, int) if hierarchy is None else np.asarray(hierarchy).reshape(-1, 4)[:, 3]

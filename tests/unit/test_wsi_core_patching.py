@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 
-from utils.errors import ItemFailed, Refused
+from utils.errors import ItemFailed
 from utils.report import Status
-from wsi_core.patching import (
-    Left,
-    PatchJob,
-    PatchPlan,
-    automatic_level,
-    find_standing,
-    h5_path,
-    list_slides,
-    patch_slide,
-)
+from wsi_core.find_tissue import automatic_level
+from wsi_core.patching import Left, PatchJob, PatchPlan, find_standing, patch_slide
+from wsi_core.outputs import OutputPlan
 from wsi_core.presets import PatchingParameters
 from wsi_core.slide import open_slide
 
@@ -40,14 +33,16 @@ def plan(tmp_path: Path) -> PatchPlan:
 
 def test_standing_before_and_after(job: PatchJob, plan: PatchPlan) -> None:
     assert find_standing(job, plan).left is Left.EVERYTHING
-    assert find_standing(job, replace(plan, segment=False, make_patches=False, make_stitch=True)
-                         ).left is Left.STITCH
+    assert find_standing(job, replace(plan, segment=False, make_patches=False,
+                                      outputs=OutputPlan(save_dir=plan.save_dir, stitch=True))
+                         ).left is Left.EXTRAS
     result = patch_slide(job, plan=plan)
     assert result.status is Status.DONE
     standing = find_standing(job, plan)
     assert standing.left is Left.NOTHING
     assert standing.numbers == {name: result.numbers[name] for name in ("n_patches", "n_contours")}
-    assert find_standing(job, replace(plan, make_stitch=True)).left is Left.STITCH
+    stitch = OutputPlan(save_dir=plan.save_dir, stitch=True)
+    assert find_standing(job, replace(plan, outputs=stitch)).left is Left.EXTRAS
     assert find_standing(job, replace(plan, redo=True)).left is Left.EVERYTHING
     assert patch_slide(job, plan=plan).status is Status.SKIPPED
 
@@ -78,11 +73,12 @@ def test_whatever_does_not_is_not(changes: dict[str, Any], job: PatchJob, plan: 
 def test_segmenting_alone_looks_at_no_parameters_and_leaves_the_h5(job: PatchJob, plan: PatchPlan
                                                                    ) -> None:
     patch_slide(job, plan=plan)
-    raw = h5_path(job, plan).read_bytes()
+    raw = plan.coords_path(job.slide_id).read_bytes()
     masks_only = replace(plan, make_patches=False, patch_size=999)
     assert find_standing(job, masks_only).left is Left.NOTHING
-    again = patch_slide(job, plan=replace(masks_only, redo=True, make_stitch=True))
-    assert again.status is Status.DONE and h5_path(job, plan).read_bytes() == raw
+    again = patch_slide(job, plan=replace(masks_only, redo=True, outputs=OutputPlan(
+        save_dir=plan.save_dir, stitch=True)))
+    assert again.status is Status.DONE and plan.coords_path(job.slide_id).read_bytes() == raw
     assert (plan.save_dir / "stitches/slide_0.jpg").exists()
 
 
@@ -90,25 +86,16 @@ def test_single_thread_changes_no_coordinate(job: PatchJob, plan: PatchPlan) -> 
     import cv2
 
     patch_slide(job, plan=plan)
-    raw = h5_path(job, plan).read_bytes()
+    raw = plan.coords_path(job.slide_id).read_bytes()
     threads = cv2.getNumThreads()
     try:
         patch_slide(job, plan=replace(plan, single_thread=True, redo=True))
         assert cv2.getNumThreads() == 1
     finally:
         cv2.setNumThreads(threads)
-    assert h5_path(job, plan).read_bytes() == raw
+    assert plan.coords_path(job.slide_id).read_bytes() == raw
 
 
 def test_automatic_level_is_the_coarsest_up_to_64(job: PatchJob) -> None:
     with open_slide(job.slide_path) as slide:
         assert automatic_level(slide, -1) == 2 and automatic_level(slide, 0) == 0
-
-
-def test_list_slides_takes_files_in_order_and_leaves_hidden_ones(tmp_path: Path) -> None:
-    for name in ("b.svs", "a.svs", ".hidden"):
-        (tmp_path / name).touch()
-    (tmp_path / "folder.svs").mkdir()
-    assert list_slides(tmp_path) == ["a.svs", "b.svs"]
-    with pytest.raises(Refused, match="cannot be read"):
-        list_slides(tmp_path / "nowhere")

@@ -11,7 +11,6 @@ from utils.errors import Refused
 from wsi_core.presets import DEFAULTS
 from wsi_core.process_list import (
     RESULT_COLUMNS,
-    check_stems,
     convert_legacy,
     is_legacy,
     new_list,
@@ -81,12 +80,6 @@ def test_lists_that_cannot_be_used(text: str, words: str, tmp_path: Path) -> Non
     with pytest.raises(Refused) as caught:
         read_list(write(tmp_path, text), DEFAULTS)
     assert words in str(caught.value)
-
-
-def test_same_stem_names_both_paths() -> None:
-    with pytest.raises(Refused, match=r"s/a\.svs and s/a\.tif would both become a\.h5"):
-        check_stems(new_list(["a.svs", "b.svs", "a.tif"], DEFAULTS), Path("s"))
-    check_stems(new_list(["a.svs", "a.b.svs"], DEFAULTS), Path("s"))
 
 
 def test_mpp_column() -> None:
