@@ -124,8 +124,6 @@ class RunOptions:
                           "after the other in this process")
     scheduler: str | None = option(None, help="address of a Dask cluster (tcp://host:8786) that "
                                    "does the slides instead of --workers")
-    cache_dir: Path | None = option(None, help="fast local folder that slides are copied to ahead "
-                                    "of their use")
     slide_timeout: float | None = option(None, low=0.1, help="seconds after which a slide is given "
                                          "up as failed")
     dry_run: bool = option(False, help="print what would be done and what is wrong, write nothing")

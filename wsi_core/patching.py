@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from utils.errors import BrokenFile, ItemFailed, SlideError
+from utils.faults import fault_point
 from utils.locks import claim
 from utils.report import Row, Status
 from utils.storage import canonical, differences
@@ -214,6 +215,7 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
             return Row(item=job.listed_as, status=Status.SKIPPED, numbers=standing.numbers)
         if standing.left is Left.CONFLICT:
             raise ItemFailed(f"{path} was just made with other parameters: {standing.why}")
+        fault_point(f"patching.open.{job.slide_id}")
         with open_slide(job.slide_path) as slide:
             if standing.left is Left.EXTRAS:
                 return _extras_only(slide, job, plan)
@@ -292,7 +294,7 @@ def place_patches(slide: Slide, tissue: Tissue, reading: Reading,
         tissue=tissue)
     if not by_pixels or (plan.white_thresh is None and plan.black_thresh is None):
         return patches
-    from wsi_core.pixel_filters import keep_by_pixels
+    from wsi_core.patch_images import keep_by_pixels
 
     keep = keep_by_pixels(slide, patches, white_thresh=plan.white_thresh,
                           black_thresh=plan.black_thresh)

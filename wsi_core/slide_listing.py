@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from utils.errors import Refused
-from utils.storage import inside, read_table
+from utils.storage import read_table, safe_id
 from wsi_core.process_list import PATH_COLUMN, ProcessList, parse_mpp
 from wsi_core.slide import slide_entries
 
@@ -48,8 +48,14 @@ def list_slides(source: Path, *, recursive: bool = False, id_from_path: bool = F
 
 
 def slide_file(source: Path, name: str, row: Mapping[str, str]) -> Path:
-    """The file of a row of the process list; ``Refused`` when it would lie outside ``source``."""
-    return inside(source, row.get(PATH_COLUMN, "").strip() or name)
+    """The file of a row of the process list; ``Refused`` when it would lie outside ``source``.
+
+    A link that the user put into the folder is followed wherever it leads.
+    """
+    path = row.get(PATH_COLUMN, "").strip() or name
+    for part in Path(path).parts:
+        safe_id(part, what=f"{PATH_COLUMN} {path!r} of {name}: its part")
+    return source / path
 
 
 def check_stems(listing: ProcessList, source: Path) -> None:

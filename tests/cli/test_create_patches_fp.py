@@ -280,8 +280,9 @@ def test_workers_are_processes(slide_folder: Path, out: Path, monkeypatch: pytes
     seen = []
     run_items = create_patches_fp.run_items
 
-    def watching(*given: Any, workers: int, arguments: dict[str, Any]) -> Any:
+    def watching(*given: Any, workers: int, arguments: dict[str, Any], **spread: Any) -> Any:
         seen.append((workers, arguments["plan"].single_thread))
+        assert spread == {"scheduler": None, "deadline_s": None}
         return run_items(*given, workers=0, arguments=arguments)
 
     monkeypatch.setattr(create_patches_fp, "run_items", watching)
@@ -447,11 +448,11 @@ def test_a_mask_too_wide_for_jpeg_is_png(tmp_path: Path, out: Path) -> None:
 
 def test_a_huge_single_level_is_reduced_by_strips(
         one: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wsi_core.patching
+    import wsi_core.find_tissue
     from wsi_core.slide import read_level
 
     assert patch(one, out / "a", "--process_list", _seg_level_0(out / "a")) == 0
-    monkeypatch.setattr(wsi_core.patching, "read_level",
+    monkeypatch.setattr(wsi_core.find_tissue, "read_level",
                         lambda slide, level: read_level(slide, level, max_pixels=1_000_000))
     assert patch(one, out / "b", "--process_list", _seg_level_0(out / "b")) == 0
     assert cv2.imread(str(out / "b/masks/slide_0.jpg")).shape == (768, 1024, 3)
