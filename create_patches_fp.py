@@ -59,6 +59,7 @@ from wsi_core.patch_options import (
 
 if TYPE_CHECKING:
     from models.tissue_networks import TissuePredictor
+    from wsi_core.deriving import DerivePlan
     from wsi_core.patching import PatchJob, PatchPlan
     from wsi_core.process_list import ProcessList
 
@@ -107,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(finer, list(listing.rows), plan)
     print(f"{len(jobs)} slides to do, {len(report.rows)} settled before, of "
           f"{len(listing.rows)} listed")
-    spread = {"workers": options.workers, "scheduler": options.scheduler,
-              "deadline_s": options.slide_timeout}
+    spread: dict[str, Any] = {"workers": options.workers, "scheduler": options.scheduler,
+                              "deadline_s": options.slide_timeout}
     try:
         if predictor is not None:
             jobs = predict_tissue(jobs, predictor, plan, listing, report,
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         do_jobs(jobs, plan, listing, report, spread=spread)
         derive_slides(finer, listing, options.source, report, **spread)
         if options.save_lmdb is not None:
-            pack_patches(options, plan, listing, report)
+            pack_patches(options, plan, finer, listing, report, spread)
     finally:
         save_results(listing, report, options)
     report.print_summary(options.save_dir)
@@ -135,9 +136,6 @@ def check_options(options: Options) -> None:
         raise Refused("--patch needs the tissue outlines: give --seg --patch")
     if (options.child_levels or options.child_mpp) and not options.patch:
         raise Refused("finer levels come from coarse coordinates: give --seg --patch as well")
-    if options.child_levels and options.child_levels[0] >= options.patch_level:
-        raise Refused(f"--child_levels {options.child_levels[0]} is not finer than --patch_level "
-                      f"{options.patch_level}: levels count from 0, the finest")
     if not options.source.is_dir():
         raise Refused(f"--source {options.source} is no folder: give the folder with the slides")
     check_scale(options)
@@ -213,14 +211,26 @@ def predict_tissue(jobs: list[PatchJob], predictor: TissuePredictor, plan: Patch
     return list(by_name.values())
 
 
-def pack_patches(options: Options, plan: PatchPlan, listing: ProcessList, report: RunReport
-                 ) -> None:
-    """Pack the patches of every slide that has coordinates into one LMDB."""
-    from wsi_core.pack import pack_slides
+def pack_patches(options: Options, plan: PatchPlan, finer: DerivePlan, listing: ProcessList,
+                 report: RunReport, spread: dict[str, Any]) -> None:
+    """Pack the patches of every slide that has coordinates, on all levels, into one LMDB."""
+    from wsi_core.pack import PackJob, pack_slides
+    from wsi_core.patch_lmdb import lmdb_path
+    from wsi_core.slide_listing import slide_file
 
+    jobs, missing = [], []
+    for name, row in listing.rows.items():
+        slide_id = Path(name).stem
+        places = {"": plan.coords_path(slide_id),
+                  **{child.name: finer.h5_path(child, slide_id) for child in finer.children}}
+        jobs += [PackJob(name=name, slide_path=slide_file(options.source, name, row),
+                         coords_path=path, level=level)
+                 for level, path in places.items() if path.exists()]
+        missing += [name] if not places[""].exists() else []
     assert options.save_lmdb is not None
-    report.extend(pack_slides(listing, options.source, plan, options.save_lmdb,
-                              encoding=options.image_format, quality=options.jpeg_quality))
+    report.extend(pack_slides(jobs, lmdb_path(options.save_dir, options.save_lmdb), spread=spread,
+                              encoding=options.image_format, quality=options.jpeg_quality,
+                              missing=missing))
 
 
 def save_results(listing: ProcessList, report: RunReport, options: Options) -> None:

@@ -81,6 +81,8 @@ class Options(ModelFlags, FitOptions, TaskOptions):
     cache: CacheMode = option("auto", help="keep features in memory")
     fold_workers: int = option(1, help="folds trained at once, each in a process", low=1)
     num_threads: int | None = option(None, help="CPU threads of all folds together", low=1)
+    feature_encoder: str | None = option(None, help="which features, where a folder holds those "
+                                         "of several encoders")
     allow_missing: bool = option(False, help="go on without slides that have no features")
     overwrite: bool = option(False, help="replace folds trained with other settings")
 
@@ -213,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache=options.cache, processes=max(options.fold_workers, local_processes()),
         pin=device.type == "cuda", child_levels=options.child_levels,
         child_dirs=options.child_dirs, val_is_test=options.val_is_test,
-        allow_shared_patients=options.allow_shared_patients)
+        allow_shared_patients=options.allow_shared_patients,
+        feature_encoder=options.feature_encoder)
     import torch
 
     folder = writable_folder(options.results_dir / f"{exp_code}_s{options.seed}",

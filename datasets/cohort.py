@@ -114,6 +114,7 @@ def load_cohort(
     allow_missing: bool = False, tenth: bool = False, cache: CacheMode = "auto",
     processes: int = 1, pin: bool = False, allow_shared_patients: bool = False,
     val_is_test: bool = False, child_levels: Sequence[int] = (), child_dirs: Sequence[Path] = (),
+    feature_encoder: str | None = None,
 ) -> Cohort:
     """Read and check the table, the splits of ``folds``, and the shape of every feature file.
 
@@ -121,6 +122,7 @@ def load_cohort(
     cache, processes, pin: see ``BagDataset``
     val_is_test: the legacy protocol, in which the test slides are the validation slides too
     child_levels, child_dirs: finer levels of the bags, see ``levels.level_stores``
+    feature_encoder: which features, where the folder holds those of several encoders
     Raises ``Refused`` for everything that the table, the splits or the features do wrong.
     """
     table = load_table(task)
@@ -130,7 +132,7 @@ def load_cohort(
         asked = {fold: Split(*(_tenth(ids, table) for ids in split.parts().values()))
                  for fold, split in asked.items()}
     wanted = {slide for split in asked.values() for ids in split.parts().values() for slide in ids}
-    store = FeatureStore.for_task(data_root, task, table)
+    store = FeatureStore.for_task(data_root, task, table, encoder=feature_encoder)
     finer = level_stores(store, child_levels, child_dirs=child_dirs)
     found = store.check([slide for slide in table.slide_ids if slide in wanted],
                         embed_dim=embed_dim, allow_missing=allow_missing, levels=finer)

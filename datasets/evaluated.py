@@ -38,6 +38,8 @@ class SlideOptions:
 
     data_root_dir: Path = option(help="folder with the feature folders")
     splits_dir: Path | None = option(None, help="folder with splits_{k}.csv (default: the models')")
+    feature_encoder: str | None = option(None, help="which features, where a folder holds those "
+                                         "of several encoders")
     allow_missing: bool = option(False, help="go on without slides that have no features")
     allow_shared_patients: bool = option(False, help="accept splits that divide a patient's slides")
     child_levels: tuple[int, ...] = option(
@@ -112,7 +114,8 @@ class EvaluatedSlides:
 
 def find_slides(
     task: Task, folds: Sequence[int], *, part: str, splits_dir: Path, data_root_dir: Path,
-    allow_missing: bool, allow_shared_patients: bool, child_levels: Sequence[int] = (),
+    allow_missing: bool, allow_shared_patients: bool, feature_encoder: str | None = None,
+    child_levels: Sequence[int] = (),
     child_dirs: Sequence[Path] = (), lazy_children: bool = False, cache_root: Path | None = None,
     encoder_of: EncoderOf | None = None, encoder_ckpt: Path | None = None, **places: Any,
 ) -> EvaluatedSlides:
@@ -123,7 +126,7 @@ def find_slides(
     """
     table = load_table(task)
     parts = _read_parts(part, splits_dir, folds, table, allow_shared=allow_shared_patients)
-    store = FeatureStore.for_task(data_root_dir, task, table)
+    store = FeatureStore.for_task(data_root_dir, task, table, encoder=feature_encoder)
     slides = dict.fromkeys(slide for ids in parts.values() for slide in ids)
     finer = () if lazy_children else level_stores(store, child_levels, child_dirs=child_dirs)
     check = store.check(list(slides), allow_missing=allow_missing, table_ids=table.slide_ids,

@@ -2,7 +2,8 @@
 
 A feature folder holds ``h5_files/<slide>.h5`` (``features`` (N, D), ``coords`` (N, 2)) and
 ``pt_files/<slide>.pt`` (one (N, D) tensor), ours or CLAM's; the h5 is preferred because it carries
-coordinates, the encoder's record and, if ours, a checksum.
+coordinates, the encoder's record and, if ours, a checksum. Or it is one of TRIDENT's, AtlasPatch's
+or STAMP's, see feature_layouts.py.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from datasets.feature_layouts import (
+    READ_ERRORS,
+    FeatureFile,
+    encoder_label,
+    list_slides,
+    locate,
+    read_features,
+    stored_parameters,
+)
 from datasets.table import SlideTable, listed
 from datasets.tasks import Task
 from utils.errors import BrokenFile, ItemFailed, Refused
-from utils.storage import (
-    RECORD_PARAMETERS,
-    canonical,
-    differences,
-    inside,
-    load_torch,
-    read_h5,
-    safe_id,
-)
+from utils.storage import canonical, differences, inside, load_torch, safe_id
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +37,15 @@ if TYPE_CHECKING:
 
 class SlideInfo(NamedTuple):
     """Shape and origin of a slide's features; ``encoder`` and ``patch`` are None for a foreign
-    file, ``located`` says whether there are coordinates."""
+    file, ``located`` says whether there are coordinates, ``made_by`` what is known of the
+    encoder's name, as a label."""
 
     rows: int
     width: int
     encoder: dict[str, Any] | None
     patch: dict[str, Any] | None = None  # level and sizes of the patches
     located: bool = False
+    made_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +78,19 @@ class StoreCheck:
 
 @dataclass
 class FeatureStore:
-    """A feature folder. ``folders`` sends single slides elsewhere (cohorts kept apart)."""
+    """A feature folder. ``folders`` sends single slides elsewhere (cohorts kept apart).
+
+    encoder: whose features, where a folder has those of several (TRIDENT, AtlasPatch)
+    """
 
     root: Path
     folders: Mapping[str, Path] = field(default_factory=dict)
-    _sound: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
+    encoder: str | None = None
+    _sound: dict[FeatureFile, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def for_task(cls, data_root: Path, task: Task, table: SlideTable) -> FeatureStore:
+    def for_task(cls, data_root: Path, task: Task, table: SlideTable, *,
+                 encoder: str | None = None) -> FeatureStore:
         """The store of a task: ``data_root/feature_dir``, or one folder for each source.
 
         Raises ``Refused`` when a folder does not exist or a source has none.
@@ -102,23 +111,34 @@ class FeatureStore:
             if not folder.is_dir():
                 raise Refused(f"feature folder {folder} does not exist: make it with "
                               "extract_features_fp.py, or correct --data_root_dir")
-        return cls(root, folders)
+        return cls(root, folders, encoder)
+
+    def locate(self, slide_id: str) -> FeatureFile:
+        """Where the slide's features are, in any layout; ``BrokenFile`` when there are none.
+
+        ``Refused`` when there are those of several encoders, and ``encoder`` names none.
+        """
+        folder = self.folders.get(slide_id, self.root)
+        found = locate(folder, safe_id(slide_id), self.encoder)
+        if found is None:
+            whose = f" of {self.encoder}" if self.encoder else ""
+            raise BrokenFile(f"{slide_id}: no features{whose} in {folder} (neither "
+                             f"h5_files/{slide_id}.h5 nor pt_files/{slide_id}.pt, nor TRIDENT's or "
+                             "AtlasPatch's): run extract_features_fp.py")
+        return found
 
     def find(self, slide_id: str) -> Path:
-        """The slide's feature file, the h5 before the pt; ``BrokenFile`` when there is none."""
-        folder = self.folders.get(slide_id, self.root)
-        safe_id(slide_id)
-        for place, suffix in (("h5_files", ".h5"), ("pt_files", ".pt")):
-            path = folder / place / (slide_id + suffix)
-            if path.is_file():
-                return path
-        raise BrokenFile(f"{slide_id}: no features in {folder} (neither h5_files/{slide_id}.h5 nor "
-                         f"pt_files/{slide_id}.pt): run extract_features_fp.py")
+        """The slide's feature file, the h5 before the pt; errors as ``locate``."""
+        return self.locate(slide_id).path
 
     def info(self, slide_id: str) -> SlideInfo:
         """Rows, width and encoder without reading the features; ``BrokenFile`` if unreadable."""
-        path = self.find(slide_id)
-        return _h5_info(path) if path.suffix == ".h5" else _pt_info(path)
+        found = self.locate(slide_id)
+        info = _h5_info(found) if found.path.suffix == ".h5" else _pt_info(found.path)
+        if self.encoder and info.made_by not in (None, encoder_label(self.encoder)):
+            raise BrokenFile(f"{found.path} has features of {info.made_by}, not of {self.encoder}: "
+                             "give another --feature_encoder or folder")
+        return info
 
     def read(self, slide_id: str) -> tuple[torch.Tensor, np.ndarray | None]:
         """Features (N, D) float32 in memory, and coords (N, 2) int64 level-0 px or None.
@@ -126,22 +146,21 @@ class FeatureStore:
         The checksum (files of ours) and finiteness are checked the first time a file is read, and
         again when it has changed since. Raises ``BrokenFile`` or ``ItemFailed`` naming the slide.
         """
-        path = self.find(slide_id)
-        stamp = path.stat()
-        unseen = self._sound.get(path) != (stamp.st_mtime_ns, stamp.st_size)
-        features, coords = (_read_h5(path, verify=unseen) if path.suffix == ".h5"
-                            else (_read_pt(path), None))
+        found = self.locate(slide_id)
+        stamp = found.path.stat()
+        unseen = self._sound.get(found) != (stamp.st_mtime_ns, stamp.st_size)
+        features, coords = (_read_h5(found, verify=unseen) if found.path.suffix == ".h5"
+                            else (_read_pt(found.path), None))
         if unseen:
-            _check_finite(features, slide_id, path)
-            self._sound[path] = (stamp.st_mtime_ns, stamp.st_size)
+            _check_finite(features, slide_id, found.path)
+            self._sound[found] = (stamp.st_mtime_ns, stamp.st_size)
         return features, coords
 
     def extra(self, slide_ids: Iterable[str]) -> list[str]:
         """Slides with features that are not among ``slide_ids``, sorted."""
         known = set(slide_ids)
-        found = {path.stem for folder in {self.root, *self.folders.values()}
-                 for path in (*folder.glob("h5_files/*.h5"), *folder.glob("pt_files/*.pt"))}
-        return sorted(found - known)
+        return sorted({slide_id for folder in {self.root, *self.folders.values()}
+                       for slide_id in list_slides(folder, but=known, encoder=self.encoder)})
 
     def check(self, slide_ids: Sequence[str], *, embed_dim: int | None = None,
               allow_missing: bool = False, table_ids: Iterable[str] | None = None,
@@ -256,6 +275,10 @@ def _common_width(infos: Mapping[str, SlideInfo], embed_dim: int | None) -> int:
 
 def _common_encoder(infos: Mapping[str, SlideInfo]) -> dict[str, Any] | None:
     known = {slide_id: info.encoder for slide_id, info in infos.items() if info.encoder is not None}
+    named = {info.made_by: slide_id for slide_id, info in infos.items() if info.encoder is None}
+    if len(labels := [name for name in named if name is not None]) > 1:
+        raise Refused(f"features of different encoders cannot be mixed ({named[labels[0]]}: "
+                      f"{labels[0]}, {named[labels[1]]}: {labels[1]}): give --feature_encoder")
     if not known:
         return None
     first, record = next(iter(known.items()))
@@ -269,51 +292,52 @@ def _common_encoder(infos: Mapping[str, SlideInfo]) -> dict[str, Any] | None:
 
 # ---------------------------------------------------------------------------- the two formats
 
-def _h5_info(path: Path) -> SlideInfo:
+def _h5_info(found: FeatureFile) -> SlideInfo:
     import h5py
 
+    path = found.path
     try:
         with h5py.File(path, "r", locking=False) as file:
-            shapes = {name: file[name].shape for name in file
-                      if isinstance(file[name], h5py.Dataset)}
-            parameters = file.attrs.get(RECORD_PARAMETERS)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            shapes = {name: file[name].shape for name in (found.dataset, "coords")
+                      if isinstance(file.get(name), h5py.Dataset)}
+            names = [str(name) for name in file]
+            parameters = stored_parameters(file, found.dataset)
+    except READ_ERRORS as error:
         raise BrokenFile(f"{path} cannot be read ({error}): it is truncated, damaged or no h5 file"
                          ) from None
-    rows, width = _checked_shapes(path, shapes)
-    return SlideInfo(rows, width, _part_of(parameters, "encoder"), _part_of(parameters, "patch"),
-                     located="coords" in shapes)
+    rows, width = _checked_shapes(found, shapes, names)
+    encoder, patch = (dict(part) if isinstance(part := parameters.get(name), dict) else None
+                      for name in ("encoder", "patch"))
+    return SlideInfo(rows, width, encoder, patch, located="coords" in shapes and found.located,
+                     made_by=encoder_label(str(encoder["name"])) if encoder else found.encoder)
 
 
-def _part_of(parameters: str | None, name: str) -> dict[str, Any] | None:
-    """``encoder`` or ``patch`` out of a feature file's parameters, or None."""
-    import json
-
-    record = None if parameters is None else json.loads(parameters).get(name)
-    return dict(record) if isinstance(record, dict) else None
-
-
-def _checked_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    if "features" not in shapes:
-        raise BrokenFile(f"{path} has no data set 'features' (found: {', '.join(shapes) or 'none'})"
+def _checked_shapes(found: FeatureFile, shapes: Mapping[str, tuple[int, ...]],
+                    names: Sequence[str]) -> tuple[int, int]:
+    path = found.path
+    if found.dataset not in shapes:
+        raise BrokenFile(f"{path} has no data set 'features' (found: {', '.join(names) or 'none'})"
                          ": it is no feature file of extract_features_fp.py or CLAM")
-    shape = shapes["features"]
+    shape, placed = (shapes.get(name, ()) for name in (found.dataset, "coords"))
+    if len(shape) == 3 and shape[0] == 1:  # TRIDENT's, with an axis of one in front
+        shape, placed = shape[1:], placed[1:] if len(placed) == 3 else placed
     if len(shape) != 2:
         raise BrokenFile(f"{path}: 'features' has the shape {shape}, expected (patches, width)")
-    if "coords" in shapes and shapes["coords"] != (shape[0], 2):
+    if "coords" in shapes and placed != (shape[0], found.columns):
         raise BrokenFile(f"{path}: {shape[0]} rows of features, but coords of shape "
-                         f"{shapes['coords']}: delete it and run extract_features_fp.py again")
+                         f"{placed}: delete it and run extract_features_fp.py again")
     return shape[0], shape[1]
 
 
-def _read_h5(path: Path, *, verify: bool) -> tuple[torch.Tensor, np.ndarray | None]:
+def _read_h5(found: FeatureFile, *, verify: bool) -> tuple[torch.Tensor, np.ndarray | None]:
     import torch
 
-    arrays = read_h5(path, verify=verify).arrays
-    _checked_shapes(path, {name: array.shape for name, array in arrays.items()})
+    if verify:
+        _h5_info(found)  # for its checks of the shapes
+    arrays = read_features(found, verify=verify).arrays
     features = arrays["features"]
     if features.dtype.kind != "f":
-        raise BrokenFile(f"{path}: 'features' holds {features.dtype}, expected real numbers")
+        raise BrokenFile(f"{found.path}: 'features' holds {features.dtype}, expected real numbers")
     coords = arrays.get("coords")
     return (torch.from_numpy(features.astype(np.float32, copy=False)),
             None if coords is None else coords.astype(np.int64))

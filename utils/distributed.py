@@ -128,19 +128,24 @@ def local_processes() -> int:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[Group]:
-    """The group that ``torchrun`` started this process in, or ``ALONE``."""
+def process_group(device: torch.device | None, *, timeout_s: float = PEER_TIMEOUT_S
+                  ) -> Iterator[Group]:
+    """The group that ``torchrun`` started this process in, or ``ALONE``.
+
+    device: what tensors are exchanged from, None = only plain values are; timeout_s: how long a
+    rank waits for one that does not answer (one that dies is noticed at once)
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     import torch
     import torch.distributed as dist
 
-    if device.type == "cuda":
+    cuda = device is not None and device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
     with _losing_peers():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=PEER_TIMEOUT_S))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         group = Group(rank=dist.get_rank(), size=dist.get_world_size())
         if len(versions := set(group.gather(__version__))) > 1:
@@ -159,5 +164,5 @@ def _losing_peers() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch reports a closed connection or a time-out as this
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PeerLost(f"another process of the training group died or hangs ({first}): see its "
-                       "own message above; the same command goes on from the last epoch") from None
+        raise PeerLost(f"another process of the group died or hangs ({first}): see its own message "
+                       "above; the same command goes on from what is finished") from None

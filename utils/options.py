@@ -41,15 +41,19 @@ def option(
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
     aliases: Sequence[str] = (),
+    alone: bool = False,
+    repeat: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
     default: left out = required. low, high: inclusive limits of a number.
     bare: value when the flag is given without one (CLAM's old bare ``--drop_out``).
     aliases: further spellings, e.g. ``("--slides",)``.
+    alone: a switch with which nothing is required (what is not given is then None).
+    repeat: of a tuple: the flag given again adds values instead of replacing them.
     """
     metadata = {"help": help, "low": low, "high": high, "bare": bare, "metavar": metavar,
-                "choices": choices, "aliases": tuple(aliases)}
+                "choices": choices, "aliases": tuple(aliases), "alone": alone, "repeat": repeat}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
@@ -91,13 +95,15 @@ def build(kind: type[T], values: Mapping[str, Any], *, prefix: str = "--") -> T:
 
     prefix: what stands before a field's name in a message: that of a flag, or a place in a file
     """
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if item.name not in values:
-            if item.default is _MISSING:
-                raise Refused(f"{prefix}{item.name} is required ({item.metadata['help']})")
-            continue
-        _check(item, values[item.name], prefix)
-    return kind(**values)
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    alone = any(item.metadata.get("alone") and values.get(item.name) for item in fields)
+    required = {item.name: None for item in fields if item.default is _MISSING}
+    for item in fields:
+        if item.name in values:
+            _check(item, values[item.name], prefix)
+        elif item.name in required and not alone:
+            raise Refused(f"{prefix}{item.name} is required ({item.metadata['help']})")
+    return kind(**{**required, **values})
 
 
 def pick(kind: type, options: object) -> dict[str, Any]:
@@ -114,7 +120,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     about = item.metadata
     default = None if item.default is _MISSING else item.default
     silent = default in (None, ()) or isinstance(default, bool)
-    text = about["help"] + ("" if silent else f" (default: {default})")
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    text = about["help"] + ("" if silent else f" (default: {shown})")
     names = [f"--{item.name}", *about["aliases"]]
     common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS,
                               "help": text.replace("%", "%%")}
@@ -130,7 +137,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     if about["bare"] is not None:
         common.update(nargs="?", const=about["bare"])
     if get_origin(inner) is tuple:
-        common["nargs"] = "+"
+        common.update(nargs="+", **({"action": "extend"} if about["repeat"] else {}))
         inner = get_args(inner)[0]
     choices = get_args(inner) if get_origin(inner) is Literal else about["choices"]
     if choices:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from io import BytesIO
@@ -27,9 +27,10 @@ import numpy as np
 from utils import __version__
 from utils.errors import BrokenFile, ItemFailed, Refused
 from utils.faults import fault_point
-from utils.temporaries import sweep_temporaries, temp_prefix
+from utils.temporaries import sweep_temporaries, temp_prefix, umask
 
 if TYPE_CHECKING:
+    import h5py
     import pandas as pd
 
 SCHEMA_VERSION = 1
@@ -82,9 +83,10 @@ def writable_folder(path: Path, *, what: str) -> Path:
 # ---------------------------------------------------------------------------- atomic writing
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that becomes ``path`` when the block ends well, and vanishes when not.
 
+    ``durable`` False does not wait for the disk: a power cut may leave it empty.
     Raises OSError (no space, read-only), ItemFailed when the folder is gone.
     """
     path = Path(path)
@@ -99,22 +101,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             fault_point("storage.write")
-            os.fsync(file.fileno())
-        os.chmod(temp, 0o666 & ~_umask())
+            if durable:
+                os.fsync(file.fileno())
+        os.chmod(temp, 0o666 & ~umask())
         fault_point("storage.replace")
         os.replace(temp, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temp)
         raise
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
     fault_point("storage.done")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:
@@ -126,9 +124,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
-    with atomic_file(path) as file:
+def write_bytes(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
+    """Write ``data`` to ``path``, whole or not at all; ``durable`` as in ``atomic_file``."""
+    with atomic_file(path, durable=durable) as file:
         file.write(data)
 
 
@@ -272,12 +270,13 @@ def write_h5(
     attrs: Mapping[str, Mapping[str, Any]] | None = None,
     root: Mapping[str, Any] | None = None,
     chunk_rows: Mapping[str, int] | None = None,
+    extend: Callable[[h5py.File], None] | None = None,
 ) -> None:
     """Write arrays with a commit record, whole or not at all.
 
     ``attrs`` maps an array's name to attributes of that data set; ``parameters`` is what
     ``h5_state`` compares later. First axes are resizable (as CLAM's), checksummed by chunk of
-    8192 rows, or as many as ``chunk_rows`` says for an array.
+    8192 rows, or as ``chunk_rows`` says. ``extend`` may add groups, outside the record.
     """
     import h5py
 
@@ -287,9 +286,12 @@ def write_h5(
             rows = max(1, min((chunk_rows or {}).get(name, 8192), len(array)))
             data = file.create_dataset(
                 name, data=array, maxshape=(None, *array.shape[1:]),
-                chunks=(rows, *array.shape[1:]), fletcher32=array.size > 0)
+                chunks=(rows, *array.shape[1:]), fletcher32=array.size > 0,
+                compression="gzip" if array.dtype.kind == "S" else None)
             for key, value in (attrs or {}).get(name, {}).items():
                 data.attrs[key] = value
+        if extend is not None:
+            extend(file)
         for key, value in (root or {}).items():
             file.attrs[key] = value
         file.attrs[RECORD_SCHEMA] = SCHEMA_VERSION
@@ -315,14 +317,14 @@ def read_h5(path: Path, *, verify: bool = True) -> H5Data:
 
     try:
         with h5py.File(path, "r", locking=False) as file:
-            names = [name for name in file if isinstance(file[name], h5py.Dataset)]
+            names = [n for n in file if isinstance(n, str) and isinstance(file[n], h5py.Dataset)]
             data = H5Data(
                 arrays={name: file[name][()] for name in names},
                 attrs={name: dict(file[name].attrs) for name in names},
                 root=dict(file.attrs))
     except FileNotFoundError:
         raise BrokenFile(f"{path} is missing") from None
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise BrokenFile(f"{path} cannot be read ({error}): it is truncated, damaged or no h5 "
                          "file") from None
     if RECORD_PARAMETERS in data.root or RECORD_STATUS in data.root:

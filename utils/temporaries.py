@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -13,13 +14,13 @@ _TEMP_MAX_AGE_S = 24 * 3600
 
 
 def sweep_temporaries(folder: Path) -> int:
-    """Remove our temporaries in ``folder`` that are a day old or whose process on this host is
-    dead; returns how many."""
+    """Remove our temporaries (files and folders) in ``folder`` that are a day old or whose process
+    on this host is dead; returns how many."""
     swept = 0
     for path in folder.glob(_TEMP_PREFIX + "*"):
         with contextlib.suppress(OSError):
             if _is_orphan(path) or time.time() - path.stat().st_mtime > _TEMP_MAX_AGE_S:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 swept += 1
     return swept
 
@@ -27,6 +28,13 @@ def sweep_temporaries(folder: Path) -> int:
 def temp_prefix() -> str:
     """What the name of a temporary of this process begins with."""
     return f"{_TEMP_PREFIX}{platform.node()}~{os.getpid()}~"
+
+
+def umask() -> int:
+    """Permissions that this process takes off new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _is_orphan(temp: Path) -> bool:

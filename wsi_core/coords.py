@@ -1,24 +1,29 @@
 """The coordinates h5 of a slide: ``patches/<slide>.h5``, written here, read by every later stage.
 
-Data set ``coords`` (N, 2) int64 level-0 px with CLAM's attributes, so CLAM reads our files; data
-sets ``contour_points``, ``contour_ends``, ``contour_parents`` hold the tissue outlines; those of a
-finer level of a hierarchy have ``parent_index`` and ``valid``; the rest is in attributes of the
-root. CLAM's own files are read as well.
+Data set ``coords``, level-0 px, as CLAM, TRIDENT or AtlasPatch lay it out (``layouts.py``), so
+those tools read our files; data sets ``contour_points``, ``contour_ends``, ``contour_parents`` hold
+the tissue outlines; those of a finer level of a hierarchy have ``parent_index`` and ``valid``; the
+rest is in attributes of the root. The files of the three tools are read as well.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.errors import BrokenFile
+from utils.errors import BrokenFile, Refused
 from utils.storage import RECORD_PARAMETERS, H5Data, digest, read_h5, write_h5
+from wsi_core.layouts import Layout, fields_of, read_fields
 from wsi_core.tissue import Tissue
+
+if TYPE_CHECKING:
+    import h5py
 
 Size = tuple[int, int]
 
@@ -53,12 +58,14 @@ class PatchCoords:
 
     slide_id: the slide's file name without its last extension
     coords: (N, 2) int64, x, y of the top-left corners in level-0 px; N may be 0
-    patch_size: px of ``patch_level`` to READ; output_size: px after resizing (another than
-        ``patch_size`` only with ``--custom_downsample`` and ``--child_mpp``)
+    patch_size: px of ``patch_level`` to READ; output_size: px after resizing
     level_downsample: (x, y) of ``patch_level``; level_size, slide_size: (w, h) of that level and
         of level 0
     footprint_px_l0, step_px_l0: (x, y) side of a patch and step of the grid in level-0 px
     mpp_um: um per px of the output patch; slide_mpp_um: (x, y) of level 0; None when unknown
+    objective_power: nominal magnification of level 0, None when unknown
+    level_free: the file does not say which level to read (TRIDENT's): level 0 until
+        ``layouts.with_best_level`` has chosen
     background: RGB for what lies outside the slide, see ``Slide.read_region``
     parameters: everything that determined the coordinates; empty for CLAM's files
     tissue: outlines in level-0 px; None for CLAM's files and finer levels
@@ -77,6 +84,8 @@ class PatchCoords:
     step_px_l0: Size
     mpp_um: float | None = None
     slide_mpp_um: tuple[float, float] | None = None
+    objective_power: float | None = None
+    level_free: bool = False
     background: tuple[int, int, int] = (0, 0, 0)
     parameters: dict[str, Any] = field(default_factory=dict)
     tissue: Tissue | None = None
@@ -91,36 +100,49 @@ def coords_digest(coords: np.ndarray) -> str:
     return digest({"coords": np.asarray(coords, np.int64)})
 
 
-def write_coords(path: Path, patches: PatchCoords, *, save_path: str | None = None) -> None:
-    """Write ``patches`` to ``path``, whole or not at all.
+def write_coords(path: Path, patches: PatchCoords, *, layout: Layout = "clam",
+                 save_path: str | None = None, slide_path: Path | None = None) -> None:
+    """Write ``patches`` to ``path``, whole or not at all, as one of three tools lays them out.
 
-    ``save_path`` is recorded as CLAM does: the patches folder as the user gave it.
+    save_path, slide_path: recorded as the tools do: the patches folder and the slide, as given.
+    Features in an AtlasPatch file of the same coordinates stay in it. ``Refused`` for finer levels
+    of a hierarchy in any layout but CLAM's: no other tool knows them.
     """
-    level_size = np.asarray(patches.level_size, np.int64)
-    clam = {
-        "patch_size": patches.patch_size, "patch_level": patches.patch_level,
-        "downsample": np.asarray(patches.level_downsample, np.float64),
-        "downsampled_level_dim": level_size, "level_dim": level_size,  # both of patch_level
-        "name": patches.slide_id,
-        "save_path": str(path.parent) if save_path is None else save_path,
-    }
-    root: dict[str, Any] = {
-        "output_size": patches.output_size,
-        "slide_size": np.asarray(patches.slide_size, np.int64),
-        "footprint_px_l0": np.asarray(patches.footprint_px_l0, np.int64),
-        "step_px_l0": np.asarray(patches.step_px_l0, np.int64),
-        "mpp_um": np.nan if patches.mpp_um is None else float(patches.mpp_um),
-        "slide_mpp_um": np.asarray(patches.slide_mpp_um or (np.nan, np.nan), np.float64),
-        "background": np.asarray(patches.background, np.uint8),
-    }
-    arrays = {"coords": np.asarray(patches.coords, np.int64).reshape(-1, 2)}
+    if patches.descent is not None and layout != "clam":
+        raise Refused(f"finer levels of a hierarchy are written in the layout clam, not {layout}: "
+                      "leave --layout out, or --child_levels and --child_mpp")
+    arrays, attrs, root = fields_of(
+        patches, layout, save_path=str(path.parent) if save_path is None else save_path,
+        slide_path=None if slide_path is None else str(slide_path))
     if patches.tissue is not None:
         arrays.update(_pack_tissue(patches.tissue))
     if patches.descent is not None:
         arrays.update(parent_index=patches.descent.parent_index, valid=patches.descent.valid)
         root.update(branching=patches.descent.branching,
                     parent_sha256=patches.descent.parent_sha256)
-    write_h5(path, arrays, parameters=patches.parameters, attrs={"coords": clam}, root=root)
+    keep = layout == "atlaspatch" and _has_rows(path, arrays["coords"])
+    write_h5(path, arrays, parameters=patches.parameters, attrs={"coords": attrs}, root=root,
+             extend=partial(copy_groups, path) if keep else None)
+
+
+def _has_rows(path: Path, coords: np.ndarray) -> bool:
+    """Does a file hold just these rows? The features in it are still right then."""
+    try:
+        found = read_h5(path).arrays.get("coords")
+    except BrokenFile:
+        return False
+    return found is not None and np.array_equal(found, coords)
+
+
+def copy_groups(path: Path, target: h5py.File, *, leave_out: str = "") -> None:
+    """Take the groups of an h5 file over into an open one, but for one data set of theirs."""
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        for group in (item for item in file.values() if isinstance(item, h5py.Group)):
+            for name in group:
+                if (place := f"{group.name}/{name}") != f"/{leave_out}":
+                    file.copy(place, target, place)
 
 
 def recorded_parameters(path: Path) -> dict[str, Any]:
@@ -135,7 +157,7 @@ def recorded_parameters(path: Path) -> dict[str, Any]:
 
 
 def read_coords(path: Path) -> PatchCoords:
-    """A coordinates file of ours or of CLAM.
+    """A coordinates file of ours, CLAM, TRIDENT or AtlasPatch; ``layouts.py`` has their fields.
 
     ``BrokenFile`` when it is missing, damaged, or no such file (features, old pixel patches).
     """
@@ -146,54 +168,23 @@ def read_coords(path: Path) -> PatchCoords:
     if "imgs" in data.arrays:
         raise BrokenFile(f"{path} is of CLAM's old pipeline (pixels in the file, coordinates in "
                          "another unit): run create_patches_fp.py on the slides instead")
-    coords, attrs = data.arrays["coords"], data.attrs["coords"]
-    missing = [name for name in ("patch_size", "patch_level") if name not in attrs]
-    if missing or coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iu":
-        what = f"attribute '{missing[0]}'" if missing else f"shape {coords.shape}"
-        raise BrokenFile(f"{path}: 'coords' has no usable {what}, expected (N, 2) integers with "
-                         "patch_size and patch_level")
     try:
         return _from_h5(path, data)
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, IndexError, KeyError, ArithmeticError) as error:
         raise BrokenFile(f"{path} has attributes that make no sense ({error})") from None
 
 
 def _from_h5(path: Path, data: H5Data) -> PatchCoords:
-    attrs, root = data.attrs["coords"], data.root
-    patch_size = int(attrs["patch_size"])
-    downsample = _pair(attrs.get("downsample", (1.0, 1.0)), float)
-    level_size = _pair(attrs.get("level_dim", (0, 0)), int)
-    footprint = tuple(round(patch_size * factor) for factor in downsample)
-    slide_size = tuple(round(side * factor)
-                       for side, factor in zip(level_size, downsample, strict=True))
-    mpp = float(root.get("mpp_um", np.nan))
-    slide_mpp = _pair(root.get("slide_mpp_um", (np.nan, np.nan)), float)
+    root = data.root
     red, green, blue = (int(value) for value in root.get("background", (0, 0, 0)))
     return PatchCoords(
-        slide_id=str(attrs.get("name", path.stem)),
-        coords=data.arrays["coords"].astype(np.int64),
-        patch_size=patch_size,
-        patch_level=int(attrs["patch_level"]),
-        output_size=int(root.get("output_size", patch_size)),
-        level_downsample=downsample,
-        level_size=level_size,
-        slide_size=_pair(root.get("slide_size", slide_size), int),
-        footprint_px_l0=_pair(root.get("footprint_px_l0", footprint), int),
-        step_px_l0=_pair(root.get("step_px_l0", footprint), int),
-        mpp_um=None if np.isnan(mpp) else mpp,
-        slide_mpp_um=None if np.isnan(slide_mpp[0]) else slide_mpp,
-        background=(red, green, blue),
+        **read_fields(path, data), background=(red, green, blue),
         parameters=data.parameters or {},
         tissue=_unpack_tissue(data.arrays),
         descent=None if "branching" not in root else Descent(
             ratio=isqrt(int(root["branching"])), valid=data.arrays["valid"].astype(bool),
             parent_sha256=str(root["parent_sha256"])),
     )
-
-
-def _pair(value: Any, kind: Any) -> Any:
-    x, y = value
-    return kind(x), kind(y)
 
 
 def _pack_tissue(tissue: Tissue) -> dict[str, np.ndarray]:

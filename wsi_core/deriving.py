@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import BrokenFile, ItemFailed, Refused
-from utils.locks import claim, sweep_locks
+from utils.locks import claim, holder, sweep_locks
 from utils.parallel import run_items
 from utils.report import Row, RunReport, Status
 from utils.storage import canonical, differences, writable_folder
@@ -202,11 +202,12 @@ def _level(slide: _Opened, parent: PatchCoords, child: Child, wanted: dict[str, 
     """Find or make one level of a slide, at ``path``."""
     with claim(path) as mine:
         if not mine:
-            raise _Busy("another process works on it")
+            raise _Busy(f"{holder(path)} works on it")
         made = None if redo else _standing(path, wanted)
         status = Status.SKIPPED
         if made is None:
             made, status = derive(slide.get(), parent, child, parameters=wanted), Status.DONE
+            mine.confirm()
             write_coords(path, made, save_path=str(path.parent))
     empty = not len(made)
     return Row(item=slide.path.name, status=Status.EMPTY if empty else status,

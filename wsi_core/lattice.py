@@ -79,7 +79,8 @@ class TissueArea:
 
 
 def _pixels(outline: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.floor(np.asarray(outline).reshape(-1, 2) / scale + 1e-6).astype(np.int32)
+    pixels: np.ndarray = np.floor(np.asarray(outline).reshape(-1, 2) / scale + 1e-6)
+    return pixels.astype(np.int32)
 
 
 def global_lattice(
@@ -102,8 +103,9 @@ def global_lattice(
         axes.append(ticks[fits])
     xs, ys = axes
     cells = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
-    return cells[enough_tissue(cells, tissue, patch_px_l0=patch_px_l0, slide_size=slide_size,
-                               min_tissue=min_tissue)]
+    kept: np.ndarray = cells[enough_tissue(cells, tissue, patch_px_l0=patch_px_l0,
+                                           slide_size=slide_size, min_tissue=min_tissue)]
+    return kept
 
 
 def enough_tissue(

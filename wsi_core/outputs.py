@@ -15,6 +15,7 @@ from utils.storage import write_image
 from wsi_core.coords import PatchCoords
 from wsi_core.drawing import draw_stitch
 from wsi_core.find_tissue import Overviews
+from wsi_core.tissue import Tissue
 
 Overlay = Literal["mask", "contours", "grid"]
 ImageKind = Literal["png", "jpeg"]
@@ -118,15 +119,15 @@ class OutputPlan:
     def _overlay(self, what: str, overviews: Overviews, patches: PatchCoords, path: Path) -> None:
         from wsi_core import overlays
 
-        image = overviews.picture()
+        image, tissue = overviews.picture(), patches.tissue or Tissue()
         if what == "grid":
             picture = overlays.draw_grid(*image, patches)
         elif what == "contours":
-            picture = overlays.draw_contours(*image, patches.tissue)
+            picture = overlays.draw_contours(*image, tissue)
         else:
-            picture = overlays.draw_mask_overlay(*image, patches.tissue)
+            picture = overlays.draw_mask_overlay(*image, tissue)
             write_image(path.with_name(f"{patches.slide_id}_mask_bw.png"),
-                        overlays.draw_mask_bw(*image, patches.tissue))
+                        overlays.draw_mask_bw(*image, tissue))
         write_image(path, picture)
 
 

@@ -101,8 +101,8 @@ class OutputOptions:
     save_geojson: bool = option(False, help="outlines for QuPath, into contours_geojson/")
     save_images: Literal["png", "jpeg"] | None = option(
         None, help="save the patches as pictures, into images/<slide>/")
-    save_lmdb: str | None = option(None, help="pack the patches of all slides into this LMDB "
-                                   "folder inside save_dir")
+    save_lmdb: str | None = option(None, help="pack the patches of all slides into "
+                                   "save_dir/<this>.lmdb, for end-to-end training")
     image_format: Literal["jpeg", "png", "webp"] = option(
         "jpeg", help="encoding of patches in the LMDB (webp: lossless)")
     jpeg_quality: int = option(90, low=1, high=100, help="of saved and packed JPEG patches")
@@ -147,6 +147,9 @@ def check_scale(options: ScaleOptions) -> None:
                 raise Refused(f"--{flag} goes by pyramid levels, --patch_mpp and --target_mag by "
                               "um per pixel: give one"
                               + (" (finer levels: --child_mpp)" if flag == "child_levels" else ""))
+    elif options.child_levels and options.child_levels[0] >= options.patch_level:
+        raise Refused(f"--child_levels {options.child_levels[0]} is not finer than --patch_level "
+                      f"{options.patch_level}: levels count from 0, the finest")
 
 
 def wanted_mpp(options: ScaleOptions) -> float | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from utils.errors import BrokenFile, ItemFailed, SlideError
 from utils.faults import fault_point
-from utils.locks import claim
+from utils.locks import Claim, claim, holder
 from utils.report import Row, Status
 from utils.storage import canonical, differences
 from wsi_core.coords import PatchCoords, read_coords, write_coords
@@ -98,7 +98,8 @@ class PatchPlan:
     def coords_path(self, slide_id: str) -> Path:
         """Where a slide's coordinates go."""
         return coords_path(self.save_dir, slide_id, self.layout, mpp_um=self.patch_mpp,
-                           patch_px=self.patch_size,
+                           patch_px=self.patch_size, patch_level=self.patch_level,
+                           custom_downsample=self.custom_downsample,
                            overlap_px=max(0, self.patch_size - self.step_size))
 
 
@@ -209,7 +210,7 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
     with claim(path) as mine:
         if not mine:
             return Row(item=job.listed_as, status=Status.BUSY,
-                       reason="another process works on it")
+                       reason=f"{holder(path)} works on it")
         standing = find_standing(job, plan)  # another process may have been here since
         if standing.left is Left.NOTHING:
             return Row(item=job.listed_as, status=Status.SKIPPED, numbers=standing.numbers)
@@ -219,10 +220,10 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
         with open_slide(job.slide_path) as slide:
             if standing.left is Left.EXTRAS:
                 return _extras_only(slide, job, plan)
-            return _process(slide, job, plan)
+            return _process(slide, job, plan, mine)
 
 
-def _process(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
+def _process(slide: Slide, job: PatchJob, plan: PatchPlan, mine: Claim) -> Row:
     before = fingerprint(job.slide_path)
     slide_mpp, note = pixel_size(slide, job, plan)
     reading = plan_reading(slide, plan.scale, slide_mpp)
@@ -245,6 +246,7 @@ def _process(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
     if fingerprint(job.slide_path) != before:
         raise SlideError(f"{job.slide_path}: was replaced while it was read: run the same command "
                          "again")
+    mine.confirm()
     write_coords(plan.coords_path(job.slide_id), patches, layout=plan.layout,
                  slide_path=job.slide_path)
     return _result(tissue, {**numbers, "n_patches": len(patches)}, patches, job, note)
@@ -288,6 +290,7 @@ def place_patches(slide: Slide, tissue: Tissue, reading: Reading,
         footprint_px_l0=footprint,
         step_px_l0=(round(reading.step_px_l0[0]), round(reading.step_px_l0[1])),
         mpp_um=reading.mpp_um, slide_mpp_um=slide_mpp, background=plan.background,
+        objective_power=slide.objective_power,
         parameters=wanted_parameters(
             job, plan, seg_level=automatic_level(slide, job.parameters.seg_level),
             seg_level_auto=automatic_level(slide, -1)),
@@ -315,8 +318,10 @@ def _corners(slide: Slide, tissue: Tissue, reading: Reading, job: PatchJob, plan
         use_padding=job.parameters.use_padding)
     if plan.min_tissue <= 0:
         return coords
-    return coords[enough_tissue(coords, tissue, patch_px_l0=reading.footprint_px_l0,
-                                slide_size=size, min_tissue=plan.min_tissue)]
+    dense: np.ndarray = coords[enough_tissue(
+        coords, tissue, patch_px_l0=reading.footprint_px_l0, slide_size=size,
+        min_tissue=plan.min_tissue)]
+    return dense
 
 
 def _extras_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:

@@ -3,20 +3,30 @@
 Frames: a location is always in pixels of level 0, a size in pixels of the level that is read.
 Handles are neither shared between threads nor pickled: each worker opens its own slide.
 A read either returns the slide's own pixels or raises ``SlideError``; nothing is invented.
+Pixels are as stored, 8 bits a channel: colour profiles (ICC) are not applied, grey becomes RGB,
+slides of 16 bits are refused.
 """
 
 from __future__ import annotations
 
-import math
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from utils.errors import SlideError
+from wsi_core.slide_files import SLIDE_SUFFIXES as SLIDE_SUFFIXES
+from wsi_core.slide_files import check_file as check_file
+from wsi_core.slide_files import fingerprint as fingerprint
+from wsi_core.slide_files import is_slide_file as is_slide_file
+from wsi_core.slide_files import slide_entries as slide_entries
+from wsi_core.slide_files import stamp as stamp
+from wsi_core.slide_mpp import believable_mpp as believable_mpp
+from wsi_core.slide_mpp import objective_disagrees as objective_disagrees
 
-Backend = Literal["auto", "openslide", "tiff-tiles"]
+Backend = Literal["auto", "openslide", "tiff-tiles", "tiff", "zarr", "flat"]
 Colour = tuple[int, int, int]
 
 BLACK: Colour = (0, 0, 0)
@@ -25,26 +35,47 @@ WHITE: Colour = (255, 255, 255)
 LEVEL_TOLERANCE = 0.01  # by which a downsample may miss a whole number, or the one asked for
 MAX_REGION_PIXELS = 2**28  # one read: 16,384 px square, 1 GiB as RGBA
 MAX_SIDE_PX = 2**24  # of level 0: 4 m at 0.25 um/px, whatever a header says
-MIN_MPP_UM, MAX_MPP_UM = 0.05, 50.0  # finer than light resolves; coarser than any overview level
-MAX_MPP_RATIO = 1.05  # of the two axes
-PRINT_DPI = (72, 96, 100, 150, 200, 300, 600, 1200)  # what image programs write by default
 
 # OpenSlide cuts every read into blocks of this side, each placed at a whole level-0 pixel. Blocks
 # of the same size give the same pixels as one read of the whole level, also where downsamples are
 # not whole numbers.
 BLOCK_PX = 4096
 
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+class Reader(NamedTuple):
+    """A module that reads some formats.
+
+    The module has ``open_with(path, *, backend, cache_mb) -> Slide | None``: None for a file that
+    it does not know, SlideError for one that it knows and cannot read. It is imported when it is
+    its turn.
+    """
+
+    module: str
+    backends: tuple[Backend, ...]
+    formats: str
+
+
+# Asked in this order; the first that knows the file reads it. A new reader is a module and a line.
+READERS = (
+    Reader("wsi_core.slide_zarr", ("zarr",), "OME-Zarr folders"),
+    Reader("wsi_core.slide_openslide", ("openslide", "tiff-tiles"), "OpenSlide's formats"),
+    Reader("wsi_core.slide_tiff", ("tiff",), "other TIFFs"),
+    Reader("wsi_core.slide_flat", ("flat",), "PNG, JPEG, BMP and WebP pictures"))
+
 
 class Slide(Protocol):
     """An open slide; a context manager.
 
-    path:              the file
-    backend:           "openslide", "tiff-tiles" or "flat"
+    path:              the file, or the folder of a DICOM series or of a Zarr hierarchy
+    backend:           "openslide", "tiff-tiles", "tiff", "zarr" or "flat"
     level_dimensions:  (width, height) of each level, level 0 first
     level_downsamples: (x, y) = (w0 / wl, h0 / hl) of each level
     mpp_um:            (x, y) micrometres per pixel of level 0; None when the file says nothing
                        plausible
     mpp_problem:       "", or in one line why the file's own value is not believed
+    mpp_source:        where mpp_um is from, e.g. "openslide.mpp-x"; see ``slide_mpp``
     objective_power:   as the file says, e.g. 40.0, or None
     """
 
@@ -54,6 +85,7 @@ class Slide(Protocol):
     level_downsamples: tuple[tuple[float, float], ...]
     mpp_um: tuple[float, float] | None
     mpp_problem: str
+    mpp_source: str = ""
     objective_power: float | None
 
     def read_region(self, location_l0: tuple[int, int], level: int, size: tuple[int, int], *,
@@ -83,64 +115,38 @@ class Slide(Protocol):
 # ---------------------------------------------------------------------------- opening
 
 def open_slide(path: Path, *, backend: Backend = "auto", cache_mb: int = 256) -> Slide:
-    """Open a slide with the fastest reader whose pixels are OpenSlide's.
+    """Open a slide with the first of ``READERS`` that knows it, or with one ``backend``.
 
-    "auto" takes stored JPEG tiles directly where that is bit-exact, OpenSlide for every other
-    slide, and Pillow for flat PNG, JPEG, BMP and WebP images; "openslide" leaves the fast path
-    out; "tiff-tiles" insists on it. ``cache_mb`` bounds the decoded tiles that a handle keeps.
+    "auto" takes stored JPEG tiles directly where that is bit-exact to OpenSlide, and OpenSlide for
+    every other slide that it knows; "openslide" leaves the fast path out, "tiff-tiles" insists on
+    it. "tiff" and "zarr" need optional packages, named in the error when they are missing.
+    ``cache_mb`` bounds the decoded tiles that a handle keeps.
     A TIFF is never given to Pillow, which reads damaged files as black pixels.
-    Raises SlideError: missing, a folder, empty, no slide, truncated, over a pixel ceiling.
+    Raises SlideError: missing, no slide, empty, truncated, over a pixel ceiling.
     """
     path = Path(path)
     check_file(path)
-    from wsi_core.slide_openslide import OpenSlideSlide, vendor_of
-
-    vendor = vendor_of(path)
-    if vendor is None:
-        from wsi_core.slide_flat import FlatSlide
-
-        if backend != "auto":
-            raise SlideError(f"{path}: OpenSlide does not know this file, so the backend "
-                             f"'{backend}' cannot read it: use 'auto'")
-        return FlatSlide(path)
-    slide = OpenSlideSlide(path, cache_mb=cache_mb)
-    if backend == "openslide":
-        return slide
-    from wsi_core.tiff_tiles import TiffTilesSlide, Unsuitable
-
-    try:
-        return TiffTilesSlide(slide, cache_mb=cache_mb)
-    except Unsuitable as reason:
-        if backend == "tiff-tiles":
-            slide.close()
-            raise SlideError(f"{path}: cannot be read tile by tile ({reason}): use the backend "
-                             "'auto'") from None
-        slide.fast_path_problem = str(reason)
-        return slide
+    readers = [one for one in READERS if backend in ("auto", *one.backends)]
+    for reader in readers:
+        slide: Slide | None = import_module(reader.module).open_with(
+            path, backend=backend, cache_mb=cache_mb)
+        if slide is not None:
+            return slide
+    if backend != "auto":
+        raise SlideError(f"{path}: the backend '{backend}' does not know this file (it reads "
+                         f"{readers[0].formats}): use 'auto'")
+    raise SlideError(f"{path}: {what_it_is(path)}")
 
 
-def check_file(path: Path) -> None:
-    """Raise SlideError unless ``path`` is a readable file with something in it."""
-    try:
-        if path.is_dir():
-            raise SlideError(f"{path}: is a folder, a slide file was expected")
-        if path.stat().st_size == 0:
-            raise SlideError(f"{path}: the file is empty (0 bytes): copy the slide again")
-        with path.open("rb"):
-            pass
-    except FileNotFoundError:
-        raise SlideError(f"{path}: no such file") from None
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What tells one slide file from another in the parameters of a result."""
-    path = Path(path)
-    try:
-        return {"slide_bytes": path.stat().st_size, "slide_name": path.name}
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror})") from None
+def what_it_is(path: Path) -> str:
+    """Why no reader knows the path, from its first bytes."""
+    if path.is_dir():
+        return "a folder whose .dcm files are no whole-slide images that OpenSlide reads"
+    with path.open("rb") as file:
+        if file.read(4) in TIFF_MAGIC:
+            return "a TIFF that OpenSlide cannot open: truncated or damaged"
+    return ("not a slide: its content is of no kind that is read ("
+            + ", ".join(one.formats for one in READERS) + ")")
 
 
 # ---------------------------------------------------------------------------- levels
@@ -194,6 +200,59 @@ def read_level(slide: Slide, level: int, *, max_pixels: int = 100_000_000,
             target[:] = whole if factor == 1 else cv2.resize(
                 whole, (columns, rows), interpolation=cv2.INTER_AREA)
     return out, (x_downsample * factor, y_downsample * factor)
+
+
+def read_overview(slide: Slide, downsample: float, *, max_pixels: int = 100_000_000,
+                  background: Colour = BLACK) -> tuple[np.ndarray, tuple[float, float]]:
+    """The whole slide about ``downsample`` times reduced: (h, w, 3) uint8 RGB, (x, y) downsample.
+
+    Taken from the coarsest level that is fine enough, by averaging, block by block: the level is
+    never held. A level within 1 % of the wanted downsample is taken as it is; else the size is
+    that of level 0 divided by ``downsample``, rounded. The downsample that comes back is level 0's
+    size over that of the result. Over about ``max_pixels`` a coarser overview is made; one finer
+    than level 0 never is.
+    """
+    import cv2
+
+    slide_width, slide_height = slide.level_dimensions[0]
+    fitting = (slide_width * slide_height / max_pixels) ** 0.5
+    downsample = max(1.0, downsample, fitting)
+    level = best_level(slide, downsample)
+    level_size = slide.level_dimensions[level]
+    width, height = overview_size(slide, level, downsample)
+    scale = sum(slide.level_downsamples[level]) / 2
+    out = np.empty((height, width, 3), np.uint8)
+    # Blocks of whole output pixels; each takes the level's pixels up to the nearest whole one, so
+    # every pixel is used once and nothing is shifted by more than half a pixel of the level.
+    edges = [_block_edges(*sides) for sides in zip(level_size, (width, height), strict=True)]
+    for (top, bottom), (y, y_end) in edges[1]:
+        for (left, right), (x, x_end) in edges[0]:
+            block = slide.read_region((int(x * scale), int(y * scale)), level,
+                                      (x_end - x, y_end - y), background=background)
+            target = out[top:bottom, left:right]
+            target[:] = block if block.shape == target.shape else cv2.resize(
+                block, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+    return out, (slide_width / width, slide_height / height)
+
+
+def overview_size(slide: Slide, level: int, downsample: float) -> tuple[int, int]:
+    """(w, h) of an overview made from ``level``: between the level's size and 1/4096 of it."""
+    level_size = slide.level_dimensions[level]
+    mean = sum(slide.level_downsamples[level]) / 2
+    if abs(mean - downsample) <= LEVEL_TOLERANCE * downsample:
+        return level_size
+    width, height = (min(side, max(round(full / downsample), -(-side // BLOCK_PX)))
+                     for side, full in zip(level_size, slide.level_dimensions[0], strict=True))
+    return width, height
+
+
+def _block_edges(level_px: int, out_px: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """((from, to) of the output, (from, to) of the level) of each block along one axis."""
+    factor = level_px / out_px
+    step = max(1, int(BLOCK_PX / factor))
+    starts = range(0, out_px, step)
+    return [((start, end), (round(start * factor), round(end * factor)))
+            for start in starts for end in [min(start + step, out_px)]]
 
 
 def reduction_factor(size: tuple[int, int], max_pixels: int) -> int:
@@ -253,30 +312,3 @@ def compose(rgba: np.ndarray, background: Colour) -> np.ndarray:
         rgb[partly] = (blend + 127) // 255
     rgb[alpha == 0] = background
     return rgb
-
-
-def believable_mpp(x_text: str | None, y_text: str | None
-                   ) -> tuple[tuple[float, float] | None, str]:
-    """(mpp, problem) from what a file says of its pixel size, in micrometres.
-
-    Nothing said: (None, ""). Not believed: (None, why): no number, 0, negative, NaN, outside
-    0.05 to 50, the axes more than 5 % apart, or 25400/dpi of a print resolution, which image
-    programs write without knowing better.
-    """
-    if x_text is None and y_text is None:
-        return None, ""
-    said = f"the file gives {x_text} x {y_text} um per pixel"
-    try:
-        x_um, y_um = float(x_text or "nan"), float(y_text or "nan")
-    except ValueError:
-        return None, f"the file gives {x_text!r} x {y_text!r} um per pixel, which is no number"
-    if not (math.isfinite(x_um) and math.isfinite(y_um)):
-        return None, f"{said}, two finite numbers were expected"
-    for dpi in PRINT_DPI:
-        if math.isclose(x_um, 25400 / dpi, rel_tol=1e-4):
-            return None, f"{said}, a print resolution ({dpi} dpi), not a measured one"
-    if not all(MIN_MPP_UM <= value <= MAX_MPP_UM for value in (x_um, y_um)):
-        return None, f"{said}, {MIN_MPP_UM:g} to {MAX_MPP_UM:g} was expected"
-    if max(x_um, y_um) > MAX_MPP_RATIO * min(x_um, y_um):
-        return None, f"{said}, the axes differ by more than 5 %"
-    return (x_um, y_um), ""

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from utils.errors import SlideError
-from wsi_core.slide import BLACK, Colour, Slide, check_request, compose
+from wsi_core.slide import BLACK, Backend, Colour, Slide, check_request, compose
 
 FLAT_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 # The decoded picture is held whole. The ceiling is ours: Pillow's global limit stays as it is
@@ -18,12 +18,21 @@ MAX_FLAT_PIXELS = 178_956_970
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
+def open_with(path: Path, *, backend: Backend, cache_mb: int) -> Slide | None:
+    """See ``wsi_core.slide.Reader``; the picture is held whole, whatever ``cache_mb``."""
+    try:
+        return None if path.is_dir() else FlatSlide(path)
+    except UnidentifiedImageError:
+        return None
+
+
 class FlatSlide(Slide):
     """A picture of one level without mpp; decoded at the first read, then held in memory."""
 
     backend = "flat"
 
     def __init__(self, path: Path) -> None:
+        """Read the header. Raises SlideError, or Pillow's error for a file of another kind."""
         self.path = Path(path)
         with self._open() as image:
             self.level_dimensions = (image.size,)
@@ -42,7 +51,7 @@ class FlatSlide(Slide):
         except Image.DecompressionBombError:
             raise SlideError(_too_large(self.path, "it")) from None
         except UnidentifiedImageError:
-            raise SlideError(f"{self.path}: {_what_it_is(self.path)}") from None
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             raise SlideError(f"{self.path}: cannot be read as a picture: {error}") from None
         width, height = image.size
@@ -90,13 +99,3 @@ class FlatSlide(Slide):
 def _too_large(path: Path, what: str) -> str:
     return (f"{path}: {what} is over the ceiling of {MAX_FLAT_PIXELS} px for a flat picture: "
             "convert it to a tiled pyramidal TIFF")
-
-
-def _what_it_is(path: Path) -> str:
-    """Why neither OpenSlide nor Pillow's flat formats know the file, from its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return ("a TIFF that OpenSlide cannot open: truncated, damaged or not tiled (a whole one "
-                "is made with: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg)")
-    return "not a slide: its content is no format of OpenSlide's and no PNG, JPEG, BMP or WebP"

@@ -15,13 +15,15 @@ import numpy as np
 MAX_DIRECTORIES = 1000
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_DESCRIPTION, _SUB_DIRECTORIES = 270, 330
 _ORIENTATION, _SAMPLES, _PLANAR = 274, 277, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
 _JPEG_TABLES, _TILE_DEPTH = 347, 32998
 _WANTED = frozenset((_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES,
                      _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS,
-                     _JPEG_TABLES, _TILE_DEPTH))
-_TYPES = {1: "u1", 3: "u2", 4: "u4", 7: "u1", 13: "u4", 16: "u8", 18: "u8"}  # TIFF type: numpy
+                     _JPEG_TABLES, _TILE_DEPTH, _DESCRIPTION, _SUB_DIRECTORIES))
+# TIFF type: numpy
+_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 7: "u1", 13: "u4", 16: "u8", 18: "u8"}
 
 
 class TiffProblem(ValueError):
@@ -51,6 +53,8 @@ class Directory:
     tables: bytes
     offsets: np.ndarray
     counts: np.ndarray
+    description: str = ""
+    has_sub_directories: bool = False
 
     @property
     def is_tiled(self) -> bool:
@@ -165,4 +169,6 @@ def _directory(tags: dict[int, np.ndarray]) -> Directory:
         planar=one(_PLANAR, 1), orientation=one(_ORIENTATION, 1), tile_depth=one(_TILE_DEPTH, 1),
         tables=tags.get(_JPEG_TABLES, np.zeros(0, np.uint8)).tobytes(),
         offsets=tags.get(_TILE_OFFSETS, none).astype(np.int64),
-        counts=tags.get(_TILE_COUNTS, none).astype(np.int64))
+        counts=tags.get(_TILE_COUNTS, none).astype(np.int64),
+        description=tags.get(_DESCRIPTION, np.zeros(0, np.uint8)).tobytes().decode("latin-1"),
+        has_sub_directories=len(tags.get(_SUB_DIRECTORIES, none)) > 0)

@@ -10,7 +10,6 @@ are compared with OpenSlide; one difference and the level is OpenSlide's.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from wsi_core.jpeg_tiles import (
 from wsi_core.slide import BLACK, Colour, Slide, check_request
 from wsi_core.slide_openslide import OpenSlideSlide
 from wsi_core.tiff_directory import Directory
+from wsi_core.tile_assembly import TileCache, assemble
 
 VENDORS = ("aperio", "generic-tiff")  # plain grids; others overlap, or join several areas
 SAMPLE_PX = 64
@@ -36,12 +36,15 @@ class Unsuitable(Exception):
     """Why a slide or level is left to OpenSlide; never leaves wsi_core."""
 
 
+class _OnlyOpenSlide(Exception):
+    """A tile is missing, unusual or damaged: the whole read goes to OpenSlide."""
+
+
 class TileLevel:
     """The stored tiles of one level."""
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
-        self.columns = directory.columns
         self.decoder = JpegTileDecoder(
             tables=directory.tables, size=(directory.tile_width, directory.tile_height),
             photometric=directory.photometric)
@@ -64,12 +67,12 @@ class TiffTilesSlide(Slide):
         self.level_dimensions = reference.level_dimensions
         self.level_downsamples = reference.level_downsamples
         self.mpp_um, self.mpp_problem = reference.mpp_um, reference.mpp_problem
+        self.mpp_source = reference.mpp_source
         self.objective_power = reference.objective_power
         self.level_problems: dict[int, str] = {}  # why a level is left to OpenSlide
         self._levels = _match_levels(reference, self.level_problems)
         self._verified: set[int] = set()
-        self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._cache_bytes, self._cache_limit = 0, cache_mb * 2**20
+        self._cache = TileCache(cache_mb * 2**20)
         self._file: int | None = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         if not self._usable(0):
             os.close(self._file)
@@ -93,7 +96,6 @@ class TiffTilesSlide(Slide):
         """See ``Slide.close``."""
         self._reference.close()
         self._cache.clear()
-        self._cache_bytes = 0
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -101,43 +103,26 @@ class TiffTilesSlide(Slide):
     def _assemble(self, level: int, corner: tuple[int, int], size: tuple[int, int],
                   background: Colour) -> np.ndarray | None:
         """The region at ``corner`` (level px) from its tiles; None when OpenSlide must answer."""
-        (x, y), (width, height) = corner, size
-        level_width, level_height = self.level_dimensions[level]
         directory = self._levels[level].directory
-        tile_width, tile_height = directory.tile_width, directory.tile_height
-        left, right = max(0, x), min(x + width, level_width)
-        top, bottom = max(0, y), min(y + height, level_height)
-        out = np.empty((height, width, 3), np.uint8)
-        if (right - left, bottom - top) != (width, height):
-            out[:] = background
-        if right <= left or bottom <= top:
-            return out
-        for row in range(top // tile_height, (bottom - 1) // tile_height + 1):
-            y0, y1 = max(top, row * tile_height), min(bottom, (row + 1) * tile_height)
-            for column in range(left // tile_width, (right - 1) // tile_width + 1):
-                x0, x1 = max(left, column * tile_width), min(right, (column + 1) * tile_width)
-                tile = self._tile(level, row * directory.columns + column)
-                if tile is None:
-                    return None
-                out[y0 - y:y1 - y, x0 - x:x1 - x] = tile[
-                    y0 - row * tile_height:y1 - row * tile_height,
-                    x0 - column * tile_width:x1 - column * tile_width]
-        return out
+        try:
+            return assemble(
+                lambda column, row: self._tile(level, column, row), corner=corner, size=size,
+                level_size=self.level_dimensions[level],
+                tile_size=(directory.tile_width, directory.tile_height), background=background)
+        except _OnlyOpenSlide:
+            return None
 
-    def _tile(self, level: int, index: int) -> np.ndarray | None:
-        """Pixels of a whole tile, from the cache or the file; None when OpenSlide must answer."""
-        tile = self._cache.get((level, index))
+    def _tile(self, level: int, column: int, row: int) -> np.ndarray:
+        """Pixels of a whole tile, from the cache or the file."""
+        tile = self._cache.get(level, column, row)
         if tile is not None:
-            self._cache.move_to_end((level, index))
             return tile
         source = self._levels[level]
-        tile = source.decoder.decode(self._stored(source.directory, index))
+        tile = source.decoder.decode(
+            self._stored(source.directory, row * source.directory.columns + column))
         if tile is None:
-            return None
-        self._cache[level, index] = tile
-        self._cache_bytes += tile.nbytes
-        while self._cache_bytes > self._cache_limit and len(self._cache) > 1:
-            self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
+            raise _OnlyOpenSlide
+        self._cache.put(level, column, row, tile)
         return tile
 
     def _stored(self, directory: Directory, index: int) -> bytes:

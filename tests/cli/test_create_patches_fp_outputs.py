@@ -112,17 +112,30 @@ def test_white_and_black_patches_are_left_out(tmp_path: Path, out: Path) -> None
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_patches_packed_into_an_lmdb(kind: str, source: Path, out: Path) -> None:
-    from wsi_core.patch_lmdb import PatchLmdbReader
+    from wsi_core.patch_lmdb_reader import PatchLmdbReader
 
-    assert run(source, out, "--save_lmdb", "p.lmdb", "--image_format", kind) == 0
+    assert run(source, out, "--save_lmdb", "p", "--image_format", kind) == 0
     with PatchLmdbReader(out / "p.lmdb") as reader:
         assert len(reader) == len(coords(out))
         assert reader[0].shape == (64, 64, 3)
-    before = (out / "p.lmdb/data.mdb").stat().st_mtime_ns
-    assert run(source, out, "--save_lmdb", "p.lmdb", "--image_format", kind) == 0
-    assert (out / "p.lmdb/data.mdb").stat().st_mtime_ns == before
-    with pytest.raises(Refused, match="would leave the folder"):
-        run(source, out, "--save_lmdb", "../p.lmdb")
+    assert not (out / "p.lmdb.parts").exists()
+    before = (out / "p.lmdb").stat().st_mtime_ns
+    assert run(source, out, "--save_lmdb", "p", "--image_format", kind) == 0
+    assert (out / "p.lmdb").stat().st_mtime_ns == before and statuses(out) == {"already done"}
+    with pytest.raises(Refused, match="not a plain name"):
+        run(source, out, "--save_lmdb", "../p")
+
+
+def test_an_lmdb_of_several_magnifications(source: Path, out: Path) -> None:
+    from wsi_core.patch_lmdb_reader import PatchLmdbReader
+
+    assert run(source, out, "--child_mpp", 0.5, "--save_lmdb", "p", "--jpeg_quality", 50) == 0
+    with PatchLmdbReader(out / "p.lmdb") as reader:
+        assert len(reader) == 5 * len(coords(out))
+        assert reader.levels() == ["", "mpp_0.5"]
+        assert len(reader.rows("a", level="mpp_0.5")) == 4 * len(coords(out))
+    with pytest.raises(Refused, match="quality 50, you ask 90"):
+        run(source, out, "--child_mpp", 0.5, "--save_lmdb", "p")
 
 
 @pytest.mark.parametrize(("layout", "place", "shape"), [

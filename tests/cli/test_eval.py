@@ -257,6 +257,17 @@ def test_data_root_dir_and_feature_dir(cohort: Cohort, run: Run) -> None:
     assert slides(folder) == split_column(cohort, "test")
 
 
+def test_feature_encoder_chooses_among_several(tmp_path: Path, run: Run) -> None:
+    cohort = make_cohort(tmp_path / "cohort")
+    several = tmp_path / "several"
+    for name in ("other", "test_encoder"):
+        shutil.copytree(cohort.root / "features", several / name)
+    with pytest.raises(Refused, match="other.*test_encoder.*--feature_encoder"):
+        run(cohort, data_root_dir=several, feature_dir=".")
+    folder = run(cohort, data_root_dir=several, feature_dir=".", feature_encoder="test_encoder")
+    assert slides(folder) == split_column(cohort, "test")
+
+
 def test_allow_missing(tmp_path: Path, run: Run) -> None:
     cohort = make_cohort(tmp_path / "cohort")
     gone, kept = split_column(cohort, "test")[:2]
@@ -514,11 +525,11 @@ def extract_levels(inputs: Inputs, feat_dir: Path, weights: Path) -> dict[str, A
             (level.feat_dir / name).mkdir(parents=True)
     record = encoder_record("timm:test_resnet", **settings)
     works = plan_works({path.stem: path for path in sorted(inputs.slides.iterdir())}, found,
-                       RunReport("features"), encoder=record, backend="auto", redo=False,
+                       RunReport("features"), encoders={"": record}, backend="auto", redo=False,
                        allow_dropped=False)
     _extract_shard(Shard(tuple(works), "cpu"), extraction=Extraction(
-        load=lambda device: load_encoder("timm:test_resnet", **settings), batch_size=64, workers=1,
-        bad_tiles="fail", redo=False))
+        load={"": lambda device: load_encoder("timm:test_resnet", **settings)}, batch_size=64,
+        workers=1, bad_tiles="fail", redo=False))
     return record
 
 

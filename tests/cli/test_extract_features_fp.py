@@ -121,7 +121,7 @@ def test_the_report_says_what_was_done(finished: Path) -> None:
         "done", "empty", "done"]
     assert report["slide_0"]["n_patches"] == "20"
     written = json.loads((finished / "report_features.json").read_text(encoding="utf-8"))
-    assert written["options"]["model_name"] == "efficientnet_lite0"
+    assert written["options"]["model_name"] == ["efficientnet_lite0"]
 
 
 # ---------------------------------------------------------------------------- flags
@@ -142,7 +142,7 @@ def test_flags_reach_the_work(inputs: Inputs, tmp_path: Path, monkeypatch: pytes
     def plan(*flags: object) -> tuple[Any, Any]:
         seen: list[Any] = []
         monkeypatch.setattr(datasets.extraction, "extract",
-                            lambda *given: seen.extend(given) or [])
+                            lambda *given, **settings: seen.extend([*given, settings]) or [])
         extract_features_fp.main([*inputs.arguments(tmp_path), *map(str, flags)])
         return seen[0], seen[1]
 
@@ -294,7 +294,8 @@ def test_child_mpp_and_missing_levels(inputs: Inputs, tmp_path: Path,
     shutil.copytree(inputs.patches_root, tmp_path / "out")
     shutil.copytree(inputs.patches_root, tmp_path / "out_mpp_0.25_corresponding")
     seen: list[Any] = []
-    monkeypatch.setattr(datasets.extraction, "extract", lambda *given: seen.extend(given) or [])
+    monkeypatch.setattr(datasets.extraction, "extract",
+                        lambda *given, **settings: seen.extend([*given, settings]) or [])
     moved = Inputs(inputs.slides, tmp_path / "out", inputs.csv)
     assert extract_features_fp.main([*moved.arguments(tmp_path / "f"), "--child_mpp", "0.25"]) == 3
     (shard,) = seen[0]  # these "children" are copies of their parents, so they are no children
@@ -310,7 +311,7 @@ def test_child_mpp_and_missing_levels(inputs: Inputs, tmp_path: Path,
     (["--device", "cuda"], "CUDA"),
     (["--device", "tpu"], "expected auto, cpu, cuda"),
     (["--precision", "fp16"], "fp16 needs CUDA"),
-    (["--model_name", "resnet50"], "did you mean 'resnet50_trunc'"),
+    (["--model_name", "resnet50_trunk"], "did you mean 'resnet50_trunc'"),
     (["--model_name", "uni_v1"], "UNI_CKPT_PATH"),
     (["--model_name", "conch_v1"], "CONCH_CKPT_PATH"),
     (["--model_name", "resnet50_trunc"], "resnet50-0676ba61.pth"),

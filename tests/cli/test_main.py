@@ -224,6 +224,16 @@ def test_allow_missing(cohort: Path, tmp_path: Path) -> None:
     assert report["status"]["slide_15"] == "empty"
 
 
+def test_feature_encoder_chooses_among_several(cohort: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(cohort / "features", tmp_path / "features" / name)
+    with pytest.raises(Refused, match="one.*two.*--feature_encoder"):
+        run(cohort, tmp_path, data_root_dir=tmp_path / "features")
+    folder = run(cohort, tmp_path, "--feature_encoder", "two",
+                 data_root_dir=tmp_path / "features", max_epochs=1)
+    assert any(folder.glob("summary*.csv"))
+
+
 @pytest.mark.parametrize(("cache", "kept"), [("ram", True), ("auto", True), ("none", False)])
 def test_cache_decides_what_stays_in_memory(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, kept: bool

@@ -1,4 +1,5 @@
-"""Broken slides (rows B1-B5, B15 of the fault table): a clear error, and never invented pixels."""
+"""Broken and odd slides (rows B1-B5, B10-B12, B15 of the fault table): a clear error, and never
+invented pixels. B7, B8: test_wsi_core_slide_overview.py; B6: ..._mpp.py; B14, B16: ..._files.py."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from PIL import Image, ImageCms
 
 from tests.slides import tissue_image, write_pyramid
 from utils.errors import SlideError
@@ -175,6 +177,92 @@ def test_axes_that_differ(tmp_path: Path) -> None:
         with open_slide(tmp_path / "s.tif") as slide:
             assert (slide.mpp_um is not None) == believed
             assert ("5 %" in slide.mpp_problem) != believed
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (0, 1), (1, 0)])
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["OpenSlide's", "tifffile's"])
+def test_a_resolution_of_nothing_is_no_pixel_size(tmp_path: Path, pair: tuple[int, int],
+                                                  tile: tuple[int, int] | None) -> None:
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, tissue_image(256, 256), tile=tile, compression="zstd", metadata=None,
+                     resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    with tifffile.TiffFile(path) as tif:
+        places = [tif.pages[0].tags[name].valueoffset for name in ("XResolution", "YResolution")]
+    with path.open("r+b") as file:
+        for place in places:
+            file.seek(place)
+            file.write(struct.pack("<II", *pair))
+    with open_slide(path) as slide:
+        assert slide.mpp_um is None and slide.mpp_source == ""
+        assert "\n" not in slide.mpp_problem
+
+
+# ---------------------------------------------------------------------------- B10, B11, B12
+
+WHITE = (255, 255, 255)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_region_larger_than_the_slide_has_the_callers_background(tmp_path: Path, backend: Backend
+                                                                   ) -> None:
+    image = np.full((100, 120, 3), 90, np.uint8)
+    path = write_pyramid(tmp_path / "s.tif", image, downsamples=(1,))
+    with open_slide(path, backend=backend) as slide:
+        for background, colour in ((WHITE, 255), ((0, 0, 0), 0)):
+            region = slide.read_region((-40, -30), 0, (256, 256), background=background)
+            assert (np.abs(region[30:130, 40:160].astype(int) - 90) < 4).all()
+            region[30:130, 40:160] = colour
+            assert (region == colour).all()
+
+
+def test_tiles_that_were_not_scanned_have_the_callers_background(slide_path: Path) -> None:
+    """B11: what OpenSlide gives as transparent, as outside of the bounds of an MRXS."""
+    with tifffile.TiffFile(slide_path) as tif:
+        tag = tif.pages[0].tags["TileByteCounts"]
+    with slide_path.open("r+b") as file:
+        file.seek(tag.valueoffset)
+        file.write(bytes(struct.calcsize("<H" if tag.dtype == 3 else "<I")))
+    for backend in BACKENDS:
+        with open_slide(slide_path, backend=backend) as slide:
+            region = slide.read_region((0, 0), 0, (512, 256), background=WHITE)
+            assert (region[:, :256] == 255).all()
+            assert (slide.read_region((0, 0), 0, PATCH) == 0).all()
+
+
+def test_a_transparent_margin_of_a_picture_has_the_callers_background(tmp_path: Path) -> None:
+    rgba = np.dstack([tissue_image(64, 64), np.zeros((64, 64), np.uint8)])
+    rgba[16:48, 16:48, 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "s.png")
+    with open_slide(tmp_path / "s.png") as slide:
+        region = slide.read_region((0, 0), 0, (64, 64), background=WHITE)
+    assert np.array_equal(region[16:48, 16:48], rgba[16:48, 16:48, :3])
+    assert (region[:16] == 255).all() and (region[:, 48:] == 255).all()
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["OpenSlide's", "tifffile's"])
+@pytest.mark.parametrize("kind", ["RGB", "grey"])
+def test_slides_of_16_bits_are_refused(tmp_path: Path, tile: tuple[int, int] | None, kind: str
+                                       ) -> None:
+    """libtiff, and so OpenSlide, would drop the lower eight without a word."""
+    image = tissue_image(256, 256).astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "s.tif", image if kind == "RGB" else image[..., 0], tile=tile,
+                     compression="zstd", metadata=None)
+    with pytest.raises(SlideError, match="8 (bits )?were expected") as caught:
+        open_slide(tmp_path / "s.tif")
+    assert "16" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "grey"])
+def test_profiles_are_not_applied_and_grey_becomes_rgb(tmp_path: Path, kind: str) -> None:
+    image = tissue_image(256, 256) if kind == "RGB" else tissue_image(256, 256)[..., 0]
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    tifffile.imwrite(tmp_path / "s.tif", image, tile=(128, 128), compression="deflate",
+                     iccprofile=profile, metadata=None)
+    Image.fromarray(image).save(tmp_path / "s.png", icc_profile=profile)
+    expected = image if kind == "RGB" else np.dstack([image] * 3)
+    for name in ("s.tif", "s.png"):
+        with open_slide(tmp_path / name) as slide:
+            assert np.array_equal(slide.read_region((0, 0), 0, PATCH), expected)
 
 
 # ---------------------------------------------------------------------------- B15

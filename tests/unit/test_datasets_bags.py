@@ -178,17 +178,17 @@ def test_features_edited_through_hdf5_fail_their_checksum(tmp_path: Path) -> Non
 
 def test_the_checksum_is_verified_once_while_the_file_stays(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets.features
+    import datasets.feature_layouts
 
     path = write_ours(tmp_path, "s", features_of(5))
     asked: list[bool] = []
-    read_h5 = datasets.features.read_h5
+    read_h5 = datasets.feature_layouts.read_h5
 
     def counted(path: Path, *, verify: bool = True) -> Any:
         asked.append(verify)
         return read_h5(path, verify=verify)
 
-    monkeypatch.setattr(datasets.features, "read_h5", counted)
+    monkeypatch.setattr(datasets.feature_layouts, "read_h5", counted)
     store = FeatureStore(tmp_path)
     store.read("s")
     store.read("s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import datasets.extraction
-import datasets.patches
+import datasets.patch_readers
 from datasets.extraction import (
     Extraction,
     Shard,
@@ -82,6 +83,8 @@ def extraction(**changes: Any) -> Extraction:
     settings: dict[str, Any] = {
         "load": lambda device: MeanColour(), "batch_size": 8, "workers": 1,
         "bad_tiles": "fail", "redo": False, **changes}
+    if callable(settings["load"]):
+        settings["load"] = {"": settings["load"]}
     return Extraction(**settings)
 
 
@@ -199,7 +202,7 @@ def plan(leveled: Inputs, feat_dir: Path, report: RunReport | None = None, *,
         for name in ("h5_files", "pt_files"):
             (level.feat_dir / name).mkdir(parents=True, exist_ok=True)
     slides = {f"slide_{number}": leveled.slides / f"slide_{number}.tif" for number in range(3)}
-    return plan_works(slides, levels, report or RunReport("features"), encoder=ENCODER,
+    return plan_works(slides, levels, report or RunReport("features"), encoders={"": ENCODER},
                       backend="auto", redo=False, allow_dropped=allow_dropped)
 
 
@@ -245,14 +248,14 @@ def test_a_pixel_of_a_child_is_that_of_its_place(leveled: Inputs, tmp_path: Path
 def test_an_unreadable_child_keeps_its_row(leveled: Inputs, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """--bad_tiles drop: the children of row p stay where they are looked for."""
-    original = datasets.patches._Reader._patch
+    original = datasets.patch_readers._pixels
 
-    def broken(self: Any, slide: Any, patches: SlidePatches, row: int) -> np.ndarray:
+    def broken(slide: Any, patches: SlidePatches, row: int) -> np.ndarray:
         if patches.level == "level_1" and row == 5:
             raise SlideError("no pixels")
-        return original(self, slide, patches, row)
+        return original(slide, patches, row)
 
-    monkeypatch.setattr(datasets.patches._Reader, "_patch", broken)
+    monkeypatch.setattr(datasets.patch_readers, "_pixels", broken)
     rows = run(plan(leveled, tmp_path / "f_level_2"), extraction(bad_tiles="drop"))
     assert rows["slide_2 [level_1]"].numbers == {"n_patches": 7, "n_dropped": 1}
     data = read_h5(tmp_path / "f_level_1_corresponding/h5_files/slide_2.h5")
@@ -324,7 +327,8 @@ def test_a_damaged_pt_is_seen_and_mended(inputs: Inputs, folder: Path, damage: s
 # ---------------------------------------------------------------------------- shards
 
 def test_sharing_out_is_even_and_complete(inputs: Inputs, folder: Path) -> None:
-    todo = works(inputs, folder) * 4
+    todo = [replace(work, patches=replace(work.patches, slide_id=f"{work.slide_id}_{copy}"))
+            for copy in range(4) for work in works(inputs, folder)]
     shards = share_out(todo, ["cuda:0", "cuda:1", "cuda:2"])
     assert [shard.device for shard in shards] == ["cuda:0", "cuda:1", "cuda:2"]
     loads = [sum(len(work.patches) for work in shard.works) for shard in shards]

@@ -33,10 +33,11 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         for name in ("h5_files", "pt_files"):
             (level.feat_dir / name).mkdir(parents=True)
     works = plan_works({f"slide_{n}": inputs.slides / f"slide_{n}.tif" for n in (0, 2)}, levels,
-                       RunReport("features"), encoder=ENCODER, backend="auto", redo=False,
+                       RunReport("features"), encoders={"": ENCODER}, backend="auto", redo=False,
                        allow_dropped=False)
     _extract_shard(Shard(tuple(works), "cpu"), extraction=Extraction(
-        load=lambda device: MeanColour(), batch_size=8, workers=1, bad_tiles="fail", redo=False))
+        load={"": lambda device: MeanColour()}, batch_size=8, workers=1, bad_tiles="fail",
+        redo=False))
     return inputs
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import datasets.patches
+import datasets.patch_readers
+from datasets.patch_readers import CHUNK, CHUNKS_AHEAD
 from datasets.patches import (
-    CHUNK,
-    CHUNKS_AHEAD,
     EncodedSlide,
     SlidePatches,
     encode_slide,
@@ -52,7 +51,7 @@ def by_hand(patches: SlidePatches) -> np.ndarray:
 def run(slides: list[SlidePatches], encoder: MeanColour | None = None, **settings: Any
         ) -> dict[str, EncodedSlide]:
     settings = {"batch_size": 16, "workers": 2, **settings}
-    done = encode_slides(slides, encoder=encoder or MeanColour(), **settings)
+    done = encode_slides(slides, encoders={"": encoder or MeanColour()}, **settings)
     return {one.patches.slide_id: one for one in done}
 
 
@@ -81,7 +80,7 @@ def damage(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[int, int]]]:
     def opened(path: Path, **settings: Any) -> Any:
         return Failing(path, bad.get(path.name, set()))
 
-    monkeypatch.setattr(datasets.patches, "open_slide", opened)
+    monkeypatch.setattr(datasets.patch_readers, "open_slide", opened)
     return bad
 
 
@@ -190,7 +189,7 @@ def test_slides_are_taken_only_as_they_are_needed(folder: Path) -> None:
             taken.append(number)
             yield slide(folder, number % 3, CHUNK, slide_id=f"n{number}")
 
-    done = encode_slides(slides(), encoder=MeanColour(), batch_size=CHUNK, workers=1)
+    done = encode_slides(slides(), encoders={"": MeanColour()}, batch_size=CHUNK, workers=1)
     next(done)
     assert len(taken) <= CHUNKS_AHEAD + 3
     done.close()

@@ -62,8 +62,8 @@ def test_attributes_are_clams(tmp_path: Path) -> None:
         data = file["coords"]
         assert (data.dtype, data.shape, data.maxshape) == (np.int64, (3, 2), (None, 2))
         attrs = dict(data.attrs)
-    assert set(attrs) == {"patch_size", "patch_level", "downsample", "downsampled_level_dim",
-                          "level_dim", "name", "save_path"}
+    assert set(attrs) > {"patch_size", "patch_level", "downsample", "downsampled_level_dim",
+                         "level_dim", "name", "save_path"}
     assert attrs["patch_size"].dtype == attrs["patch_level"].dtype == np.int64
     assert attrs["downsample"].dtype == np.float64 and attrs["downsample"].tolist() == [4, 4]
     assert attrs["level_dim"].dtype == np.int64 and attrs["level_dim"].tolist() == [300, 200]
@@ -107,6 +107,21 @@ def test_unusable_coords_are_named(attrs: dict[str, Any], coords: Any, words: st
         file.create_dataset("coords", data=np.array(coords)).attrs.update(attrs)
     with pytest.raises(BrokenFile, match=words):
         read_coords(tmp_path / "s.h5")
+
+
+def test_files_of_older_versions_of_ours(tmp_path: Path) -> None:
+    """They say nothing of layouts and magnifications."""
+    write_h5(tmp_path / "s.h5", {"coords": np.array([[1, 2]])}, parameters={"sthresh": 8},
+             attrs={"coords": {**CLAM, "patch_size": 512}},
+             root={"output_size": 256, "slide_size": (1200, 801), "footprint_px_l0": (2048, 2048),
+                   "step_px_l0": (1024, 1024), "mpp_um": 4.0, "slide_mpp_um": (0.5, 0.5),
+                   "background": (255, 255, 255)})
+    found = read_coords(tmp_path / "s.h5")
+    assert (found.patch_size, found.output_size, found.patch_level) == (512, 256, 1)
+    assert found.slide_size == (1200, 801) and found.step_px_l0 == (1024, 1024)
+    assert (found.mpp_um, found.slide_mpp_um) == (4.0, (0.5, 0.5))
+    assert found.parameters == {"sthresh": 8} and found.objective_power is None
+    assert not found.level_free and found.background == (255, 255, 255)
 
 
 def test_a_finer_level_reads_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GeoJSON for QuPath: what is written, and tissue read back."""
+"""GeoJSON for QuPath: what is written, tissue read back, and what a person drew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.errors import BrokenFile
-from wsi_core.geojson import attention_features, read_tissue, tissue_features, write_geojson
+from wsi_core.geojson import (
+    attention_features,
+    read_annotations,
+    read_tissue,
+    restrict,
+    tissue_features,
+    write_contours,
+    write_geojson,
+)
 from wsi_core.heatmap import colour_table
 from wsi_core.tissue import Tissue
 
@@ -142,3 +150,164 @@ def test_what_is_no_geojson_is_one_line(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(BrokenFile, match=r"q\.geojson"):
         read_tissue(path)
+
+
+# ---------------------------------------------------------------------------- annotations
+
+SLIDE = (30_000, 24_000)
+
+
+def drawn(ring: Any, name: str | None = None, **properties: Any) -> dict[str, Any]:
+    """A feature as QuPath exports it."""
+    if name is not None:
+        properties["classification"] = {"name": name, "color": [200, 0, 0]}
+    return {"type": "Feature", "id": str(uuid.uuid4()),
+            "geometry": {"type": "Polygon", "coordinates": [ring], "isEllipse": False,
+                         "plane": {"c": -1, "z": 0, "t": 0}},
+            "properties": {"objectType": "annotation", **properties}}
+
+
+def square(x: float, y: float, side: float) -> list[list[float]]:
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+
+
+def save(path: Path, *features: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": list(features)}))
+    return path
+
+
+def test_contours_come_back_to_the_pixel_and_may_be_edited(tmp_path: Path, tissue: Tissue) -> None:
+    path = tmp_path / "s.geojson"
+    write_contours(path, tissue, slide_id="s", slide_size=SLIDE)
+    value = json.loads(path.read_text())
+    assert not any(feature["properties"]["isLocked"] for feature in value["features"])
+    assert value["milwright"] == {"slide_id": "s", "slide_size": [*SLIDE], "unit": "level-0 px"}
+    found = read_annotations(path, slide_size=SLIDE)
+    assert found.tissue is not None and (found.skipped, found.repaired) == (0, 0)
+    for ours, read in zip([*tissue.contours, *tissue.holes[0]],
+                          [*found.tissue.contours, *found.tissue.holes[0]], strict=True):
+        assert np.array_equal(ours, read)
+    with pytest.raises(BrokenFile, match="another slide"):
+        read_annotations(path, slide_size=(30_000, 24_001))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(1, 70), sigma=st.integers(1, 4))
+def test_round_trip_of_any_mask(tmp_path_factory: pytest.TempPathFactory, seed: int, scale: float,
+                                sigma: int) -> None:
+    """Outlines as segmentation makes them, pinched and doubled back, are equal point by point."""
+    noise = np.random.default_rng(seed).random((60, 80))
+    mask = (cv2.GaussianBlur(noise, (0, 0), sigma) > 0.5).astype(np.uint8)
+    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    points = [(outline[:, 0] * scale).astype(np.int32) for outline in outlines]
+    tissue = Tissue()
+    for index, outline in enumerate(points):
+        if hierarchy[0][index][3] < 0 and len(outline) >= 3:
+            tissue.contours.append(outline)
+            tissue.holes.append([points[hole] for hole in range(len(points))
+                                 if hierarchy[0][hole][3] == index and len(points[hole]) >= 3])
+    path = tmp_path_factory.mktemp("g") / "t.geojson"
+    write_contours(path, tissue, slide_id="s", slide_size=SLIDE)
+    found = read_annotations(path, slide_size=SLIDE)
+    assert found.repaired == 0 and found.tissue is not None
+    assert [contour.tolist() for contour in found.tissue.contours] == [
+        contour.tolist() for contour in tissue.contours]
+    assert [[hole.tolist() for hole in holes] for holes in found.tissue.holes] == [
+        [hole.tolist() for hole in holes] for holes in tissue.holes]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), radius=st.floats(20, 9000))
+def test_floats_keep_their_area_within_a_ring_of_one_pixel(
+        tmp_path_factory: pytest.TempPathFactory, seed: int, radius: float) -> None:
+    """QuPath's brush and polygon tools give fractions of pixels."""
+    rng = np.random.default_rng(seed)
+    angle = np.sort(rng.random(80)) * 2 * np.pi
+    points = np.stack([np.cos(angle), np.sin(angle)], axis=1) * (
+        radius * (0.6 + 0.4 * rng.random(80)))[:, None] + 12_000.3
+    path = save(tmp_path_factory.mktemp("g") / "t.geojson",
+                drawn([*points.tolist(), points[0].tolist()]))
+    tissue = read_annotations(path, slide_size=SLIDE).tissue
+    assert tissue is not None
+    x, y = points.T
+    exact = abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+    ring = float(np.hypot(*(points - np.roll(points, -1, axis=0)).T).sum())
+    assert sum(map(cv2.contourArea, tissue.contours)) == pytest.approx(exact, abs=ring)
+
+
+def test_classes_tell_regions_from_what_is_ignored(tmp_path: Path) -> None:
+    names = {"tissue": [None, "Tumor", "tissue", "Regional lymph node", "Stroma"],
+             "region": ["Region*", "region", "ROI", "Region*: core"],
+             "ignored": ["Ignore*", "ignore", "Exclude", "Artefact: fold", "Necrosis*"]}
+    path = save(tmp_path / "q.geojson", *(drawn(square(100, 100, 50), name)
+                                          for group in names.values() for name in group))
+    found = read_annotations(path, slide_size=SLIDE)
+    assert found.tissue is not None
+    assert len(found.tissue.contours) == len(names["tissue"])
+    assert len(found.regions) == len(names["region"])
+    assert len(found.ignored) == len(names["ignored"])
+
+
+def test_other_ways_to_write_a_class(tmp_path: Path) -> None:
+    derived, text, old = (drawn(square(0, 0, 50)) for _ in range(3))
+    derived["properties"]["classification"] = {"names": ["Region*", "core"], "color": [1, 2, 3]}
+    text["properties"]["classification"] = "Ignore*"
+    old["properties"] = None
+    found = read_annotations(save(tmp_path / "q.geojson", derived, text, old), slide_size=SLIDE)
+    assert len(found.regions) == len(found.ignored) == 1
+    assert found.tissue is not None and len(found.tissue.contours) == 1
+
+
+def test_no_tissue_and_tissue_that_is_empty_are_two_things(tmp_path: Path) -> None:
+    """Only regions: nothing said of tissue. No object at all: a person took all tissue away."""
+    path = save(tmp_path / "q.geojson", drawn(square(0, 0, 50), "Region*"))
+    assert read_annotations(path, slide_size=SLIDE).tissue is None
+    found = read_annotations(save(tmp_path / "q.geojson"), slide_size=SLIDE)
+    assert found.tissue is not None and found.tissue.contours == []
+
+
+def test_collections_of_geometries_and_bare_geometries(tmp_path: Path) -> None:
+    path = tmp_path / "q.geojson"
+    parts = [{"type": "Point", "coordinates": [1, 2]},
+             {"type": "Polygon", "coordinates": [square(0, 0, 50)]},
+             {"type": "MultiPolygon", "coordinates": [[square(100, 0, 50), square(110, 10, 5)]]}]
+    path.write_text(json.dumps({"type": "Feature", "properties": {}, "geometry": {
+        "type": "GeometryCollection", "geometries": parts}}))
+    found = read_annotations(path, slide_size=SLIDE).tissue
+    assert found is not None and [len(holes) for holes in found.holes] == [0, 1]
+    path.write_text(json.dumps(parts[1]))
+    bare = read_annotations(path, slide_size=SLIDE).tissue
+    assert bare is not None and len(bare.contours) == 1
+
+
+def test_cells_and_detections_are_not_tissue(tmp_path: Path, tissue: Tissue) -> None:
+    """A heatmap's file, or QuPath's nuclei, must not become ten thousand pieces of tissue."""
+    cells = attention_features(np.ones(3), np.zeros((3, 2), int), slide_id="s",
+                               patch_px_l0=(256, 256), colours=colour_table("jet"))
+    path = save(tmp_path / "q.geojson", *tissue_features(tissue, slide_id="s"), *cells)
+    found = read_annotations(path, slide_size=SLIDE)
+    assert found.tissue is not None and len(found.tissue.contours) == 2 and found.skipped == 3
+    with pytest.raises(BrokenFile, match="none of them a drawn polygon"):
+        read_annotations(save(path, *cells), slide_size=SLIDE)
+
+
+def test_edited_in_qupath(tmp_path: Path, tissue: Tissue) -> None:
+    """The whole way: out, a piece deleted, a region drawn, an artefact marked, in."""
+    path = tmp_path / "s.geojson"
+    write_contours(path, tissue, slide_id="s", slide_size=SLIDE)
+    ours = json.loads(path.read_text())["features"]
+    save(path, ours[0], drawn(square(0, 0, 5000), "Region*"),
+         drawn(square(3500.5, 3500.5, 500), "Ignore*"))
+    found = read_annotations(path, slide_size=SLIDE)
+    assert found.tissue is not None and len(found.tissue.contours) == 1
+    left = restrict(found.tissue, found.regions, found.ignored, slide_size=SLIDE)
+    points = np.concatenate(left.contours)
+    assert points.max() <= 5000 and len(left.contours) >= 1
+
+    def covered(x: int, y: int) -> bool:
+        return any(cv2.pointPolygonTest(contour, (x, y), False) > 0
+                   and not any(cv2.pointPolygonTest(hole, (x, y), False) > 0 for hole in holes)
+                   for contour, holes in zip(left.contours, left.holes, strict=True))
+
+    assert covered(4300, 4300) and not covered(4500, 5100)
+    assert not covered(3990, 3990) and covered(4010, 4010)  # the artefact, and just beside it
