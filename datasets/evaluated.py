@@ -220,7 +220,7 @@ def _lazy_children(check: StoreCheck, child_levels: Sequence[int], *, data_h5_di
         slides={slide: data_slide_dir / f"{slide}{extension}" for slide in check.usable},
         coords_roots=find_level_roots(data_h5_dir, child_levels), encoder=check.encoder or {},
         load=load, cache_root=cache_root)
-    missing = [path for slide in check.usable for path in lazy.files(slide) if not path.is_file()]
+    missing = [path for slide in check.usable for path in lazy.files(slide) if not path.exists()]
     if missing:
         raise Refused(f"--lazy_children: {len(missing)} files are missing: "
                       f"{listed(map(str, missing))}; correct --data_slide_dir, --slide_ext or "

@@ -16,6 +16,7 @@ from utils.errors import Refused
 from utils.storage import inside, safe_id
 from wsi_core.presets import HEATMAP_DEFAULTS, PatchingParameters, load_preset
 from wsi_core.process_list import ProcessList, new_list, read_list, row_parameters, to_process
+from wsi_core.slide import is_slide_file
 
 PROCESS_LISTS = Path("heatmaps/process_lists")
 UNSPECIFIED = "Unspecified"  # CLAM's folder for slides without a label
@@ -99,7 +100,8 @@ def _list_folders(data: DataArguments, defaults: PatchingParameters) -> ProcessL
         if not folder.is_dir():
             raise Refused(f"data_dir {folder} is not a folder")
         found += [(path.name, key) for path in sorted(folder.iterdir())
-                  if path.name.endswith(data.slide_ext) and path.is_file()]
+                  if path.name.endswith(data.slide_ext) and (
+                      path.is_file() or is_slide_file(path))]
     if not found:
         raise Refused(f"no file ends with '{data.slide_ext}' in "
                       f"{', '.join(map(str, folders))}: correct data_dir or slide_ext")
@@ -137,7 +139,7 @@ def _locate(row: Mapping[str, str], data: DataArguments) -> tuple[str, Path]:
     folders = _folders(data.data_dir)
     named = [folder for folder in folders if str(folder) == key]
     candidates = [inside(folder, name) for folder in (named or folders)]
-    there = [path for path in candidates if path.is_file()]
+    there = [path for path in candidates if path.exists()]
     if len(there) > 1:
         raise Refused(f"the slide is in several folders ({', '.join(map(str, there))}): "
                       f"name one in the column '{data.data_dir_key}'")

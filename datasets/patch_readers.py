@@ -35,6 +35,7 @@ CHUNK = 32  # patches of one reading task
 CHUNKS_AHEAD = 3  # per worker: bounds the memory to workers * 3 * 32 patches for each encoder
 CACHE_MB = 256  # of decoded tiles, shared out over the workers
 STOP_S = 5.0  # that a worker is waited for at the end
+GRACE_S = 5.0  # after a deadline, for a worker to notice it between two reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ class _Reader:
         """The chunk, waited for; None when its slide is overdue (the stacks go to stderr)."""
         limit = self._how.deadline_s
         while limit is not None and not wait([task.future], timeout=min(1.0, limit / 4)).done:
-            if self._seconds() > limit:
+            if self._seconds() > limit + min(GRACE_S, limit / 2):  # so it cannot stop by itself
                 print(f"{_overdue(task.underway.slide, self._how)}; the threads are at:",
                       file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2)

@@ -172,7 +172,7 @@ class _Run:
         """Probabilities, or None for each when the batch failed: then each is tried alone."""
         try:
             return self._predictor.predict(images) if images else []
-        except (RuntimeError, MemoryError):  # of torch: out of memory, mostly
+        except Exception:  # out of memory, mostly; a slide that fails alone says why
             return [None] * len(images)
 
     def _write(self, held: _Held, probability: np.ndarray) -> Row:
@@ -193,14 +193,20 @@ def _as_row(slide: TissueSlide, start: float) -> Iterator[list[Row]]:
     problem: list[Row] = []
     try:
         yield problem
-    except (MilwrightError, OSError, RuntimeError, MemoryError) as error:
-        reason = (describe_os_error(error) if isinstance(error, OSError) else
-                  str(error) if isinstance(error, MilwrightError) else
-                  f"{slide.slide_path}: could not be segmented ({type(error).__name__}: "
-                  f"{' '.join(str(error).split())[:200]}): try a smaller --seg_batch_size or "
-                  "--device cpu")
-        problem.append(Row(item=slide.slide_id, status=Status.FAILED, reason=reason,
+    except Exception as error:  # whatever it is, it costs this slide alone
+        problem.append(Row(item=slide.slide_id, status=Status.FAILED, reason=_why(slide, error),
                            seconds=time.monotonic() - start))
+
+
+def _why(slide: TissueSlide, error: Exception) -> str:
+    if isinstance(error, MilwrightError):
+        return str(error)
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    text = " ".join(str(error).split())[:200]
+    hint = (": try a smaller --seg_batch_size or --device cpu"
+            if isinstance(error, RuntimeError | MemoryError) else "")
+    return f"{slide.slide_path}: could not be segmented ({type(error).__name__}: {text}){hint}"
 
 
 def read_scaled(

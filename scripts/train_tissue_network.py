@@ -6,7 +6,7 @@
 pairs.csv has the columns image (a slide, or a picture of one), mask (PNG: not 0 = tissue; or
 QuPath's GeoJSON in pixels of the image) and, if you like, mpp (um per pixel of the image; needed
 for pictures) and patient. Some patients are held out: they stop the training and are scored in
-the report. The network is model.safetensors with model.json. About 8 MB of memory a slide.
+the report. The network is model.safetensors with model.json. About 15 MB of memory a slide.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from datasets.tissue_pairs import Example, TissuePair
-    from datasets.tissue_tiles import Tiles, TileSampler
+    from datasets.tissue_sampling import Tiles, TileSampler
     from models.tissue_networks import NetworkCard
     from models.tissue_training import TissueFit
     from utils.contracts import TissuePredictor
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, save, report; returns the exit code."""
     options = parse(Options, prog="train_tissue_network.py", argv=argv, description=__doc__ or "")
     from datasets.tissue_pairs import hold_out, read_pairs
-    from datasets.tissue_tiles import TileSampler
+    from datasets.tissue_sampling import TileSampler
     from models.tissue_networks import CARD_FILE, build_network, save_network
     from models.tissue_training import TissueFit
     from utils.seeding import seed_everything
@@ -149,7 +149,7 @@ def _load(pairs: Sequence[TissuePair], mpp_um: float, report: RunReport, *, role
 
 def _fit(network: nn.Module, card: NetworkCard, fit: TissueFit, sampler: TileSampler, tests: Named,
          *, batch_size: int, workers: int, device: torch.device) -> None:
-    from datasets.tissue_tiles import read_ahead
+    from datasets.tissue_sampling import read_ahead
     from models.tissue_training import fit_tissue_network
 
     def batches(epoch: int) -> Iterator[Tiles]:

@@ -21,7 +21,6 @@ from wsi_core.scale import MPP_TOLERANCE
 from wsi_core.slide import LEVEL_TOLERANCE, Slide, best_level, nominal_downsample
 
 
-
 @dataclass(frozen=True)
 class Child:
     """A finer level, as the user names it: a pyramid level, or um per pixel."""

@@ -1,4 +1,4 @@
-"""Patches of all slides of a run into one LMDB: workers encode slides, this process takes them in."""
+"""The patches of a run in one LMDB: workers encode slides, this process takes them in."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def pack_slides(jobs: Sequence[PackJob], database: Path, *, encoding: Encoding, 
                                     numbers={"n_patches": len(patches)}))
                 else:
                     todo.append(job)
-            for outcome in run_items(encode_slide, todo, **spread,
-                                     arguments={"database": database, **arguments}):
-                rows.append(_take_in(packed, database, outcome.item, outcome.error,
-                                     outcome.seconds))
+            outcomes = run_items(encode_slide, todo, **spread,
+                                 arguments={"database": database, **arguments})
+            rows += (_take_in(packed, database, outcome.item, outcome.error, outcome.seconds)
+                     for outcome in outcomes)
             failed = [row.item for row in rows if row.status is Status.FAILED]
             if todo or missing:
                 packed.finish(missing=[*missing, *failed])

@@ -34,6 +34,7 @@ from wsi_core.slide import (
     fingerprint,
     objective_disagrees,
     open_slide,
+    stamp,
 )
 from wsi_core.tissue import Tissue
 
@@ -224,7 +225,7 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
 
 
 def _process(slide: Slide, job: PatchJob, plan: PatchPlan, mine: Claim) -> Row:
-    before = fingerprint(job.slide_path)
+    before = stamp(job.slide_path)
     slide_mpp, note = pixel_size(slide, job, plan)
     reading = plan_reading(slide, plan.scale, slide_mpp)
     overviews = Overviews(slide)
@@ -243,7 +244,7 @@ def _process(slide: Slide, job: PatchJob, plan: PatchPlan, mine: Claim) -> Row:
     patches = place_patches(slide, tissue, reading, slide_mpp, job, plan)
     plan.beside.clear(job.slide_id)
     plan.beside.make(overviews, patches, plan.beside.missing(job.slide_id, patches))
-    if fingerprint(job.slide_path) != before:
+    if stamp(job.slide_path) != before:
         raise SlideError(f"{job.slide_path}: was replaced while it was read: run the same command "
                          "again")
     mine.confirm()

@@ -59,11 +59,12 @@ def slide_file(source: Path, name: str, row: Mapping[str, str]) -> Path:
 
 
 def check_stems(listing: ProcessList, source: Path) -> None:
-    """``Refused`` when two slides of the list would write results of the same name."""
+    """``Refused`` when two slides of the list would write results of the same name, on a file
+    system that does not tell capitals from small letters, too."""
     stems: dict[str, str] = {}
     for name, row in listing.rows.items():
         stem = Path(name).stem
-        other = stems.setdefault(stem, name)
+        other = stems.setdefault(stem.casefold(), name)
         if other != name:
             paths = [slide_file(source, one, cells) for one, cells in
                      ((other, listing.rows[other]), (name, row))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from datasets.extraction import (
     Work,
     _after_crash,
     _extract_shard,
+    cluster_tasks,
     extract,
     share_out,
 )
@@ -43,7 +46,7 @@ from tests.feature_inputs import (
     write_patches,
 )
 from utils.errors import Refused, SlideError
-from utils.locks import claim
+from utils.locks import claim, lock_path
 from utils.report import Row, RunReport, Status
 from utils.storage import State, read_h5
 from wsi_core.coords import read_coords
@@ -359,3 +362,175 @@ def test_after_a_crash_suspects_are_tried_alone(inputs: Inputs, folder: Path) ->
     rows, again = _after_crash(again[0], "it died", extraction())
     assert [(row.item, row.status, row.reason) for row in rows] == [
         ("slide_2", Status.FAILED, "it died")] and again == []
+
+
+# ---------------------------------------------------------------------------- several encoders
+
+RECORDS = {name: {**ENCODER, "name": name} for name in ("whole", "timm:small")}
+
+
+def plan_encoders(inputs: Inputs, feat_dir: Path, names: Sequence[str] = tuple(RECORDS),
+                  report: RunReport | None = None, **settings: Any) -> list[Work]:
+    levels = list_levels(inputs.patches_root, feat_dir, ())
+    slides = {f"slide_{number}": inputs.slides / f"slide_{number}.tif" for number in range(3)}
+    found = plan_works(slides, levels, report or RunReport("features"), backend="auto",
+                       encoders={name: RECORDS[name] for name in names},
+                       **{"redo": False, "allow_dropped": False, **settings})
+    for work in found:
+        for place in (work.path.parent, work.feat_dir / "pt_files"):
+            place.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def two_encoders(**changes: Any) -> Extraction:
+    return extraction(load={"whole": lambda device: MeanColour(),
+                            "timm:small": lambda device: MeanColour(16)}, **changes)
+
+
+def test_several_encoders_go_on_each_where_it_stopped(inputs: Inputs, tmp_path: Path) -> None:
+    """AtlasPatch's defect 12: what one encoder lacks does not touch the files of another."""
+    run(plan_encoders(inputs, tmp_path, ["whole"]), two_encoders())
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.h5")}
+    assert {path.parent.parent.name for path in first} == {"whole"}
+    report = RunReport("features")
+    todo = plan_encoders(inputs, tmp_path, report=report)
+    assert [work.name for work in todo] == [f"slide_{n} (timm:small)" for n in range(3)]
+    assert [row.item for row in report.rows] == [f"slide_{n} (whole)" for n in range(3)]
+    rows = run(todo, two_encoders())
+    assert [row.status for row in rows.values()].count(Status.DONE) == 2
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    whole, small = (read_h5(tmp_path / name / "h5_files/slide_0.h5")
+                    for name in ("whole", "timm_small"))
+    assert small.root["encoder"] == "timm:small" and (tmp_path / "timm_small/pt_files").is_dir()
+    assert np.abs(whole.arrays["features"] - small.arrays["features"]).max() < 2
+    assert (whole.arrays["features"] != small.arrays["features"]).any()
+    assert plan_encoders(inputs, tmp_path) == []
+
+
+def test_atlaspatch_s_file_takes_both_encoders_of_one_run(inputs: Inputs, tmp_path: Path) -> None:
+    """One lock, one file, two data sets; the next run finds both done."""
+    rows = run(plan_encoders(inputs, tmp_path, layout="atlaspatch"), two_encoders())
+    assert {row.status for row in rows.values()} == {Status.DONE, Status.EMPTY}
+    with h5py.File(tmp_path / "patches/slide_0.h5") as file:
+        assert sorted(file["features"]) == ["timm_small", "whole"]
+        assert file["features/whole"].shape == (20, 3) and file["coords"].shape == (20, 5)
+    assert plan_encoders(inputs, tmp_path, layout="atlaspatch") == []
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_storage_dtype_is_stored_and_compared(inputs: Inputs, tmp_path: Path) -> None:
+    run(plan_encoders(inputs, tmp_path, ["whole"], storage_dtype="float16"), two_encoders())
+    path = tmp_path / "whole/h5_files/slide_0.h5"
+    assert read_h5(path).arrays["features"].dtype == np.float16
+    assert plan_encoders(inputs, tmp_path, ["whole"], storage_dtype="float16") == []
+    with pytest.raises(Refused, match="storage_dtype"):
+        plan_encoders(inputs, tmp_path, ["whole"])
+
+
+def test_coordinates_of_trident_get_a_level_to_read(inputs: Inputs, tmp_path: Path) -> None:
+    """Its files name no level: 128 px of level 0 are read as 64 px of the level that has them."""
+    root = tmp_path / "job"
+    (root / "10x_64px_0px_overlap/patches").mkdir(parents=True)
+    with h5py.File(root / "10x_64px_0px_overlap/patches/slide_0_patches.h5", "w") as file:
+        file["coords"] = grid_coords(6)
+        file["coords"].attrs.update(
+            patch_size=64, patch_size_level0=128, level0_magnification=20, target_magnification=10,
+            overlap=0, level0_width=1024, level0_height=768, name="slide_0")
+    slides = {"slide_0": inputs.slides / "slide_0.tif", "slide_2": tmp_path / "gone.tif"}
+    report = RunReport("features")
+    (work,) = plan_works(slides, list_levels(root, tmp_path, ()), report,
+                         encoders={"": ENCODER}, backend="auto", redo=False, allow_dropped=False)
+    assert (work.patches.patch_level, work.patches.patch_size, work.patches.output_size) == (
+        1, 64, 64)
+    assert [row.item for row in report.rows] == ["slide_2"]
+
+
+# ---------------------------------------------------------------------------- ways to the same
+
+@pytest.fixture(scope="module")
+def wanted(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("wanted")
+    run(plan_encoders(inputs, folder), two_encoders(workers=1))
+    return matrices(folder)
+
+
+def matrices(folder: Path) -> dict[str, np.ndarray]:
+    return {str(path.relative_to(folder)): read_h5(path).arrays["features"]
+            for path in sorted(folder.rglob("*.h5"))}
+
+
+def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    return first.keys() == second.keys() and all(
+        np.array_equal(array, second[name]) for name, array in first.items())
+
+
+@pytest.mark.parametrize(("workers", "devices"), [(4, 1), (1, 2)])
+def test_workers_and_processes_give_equal_bits(
+        inputs: Inputs, wanted: dict[str, np.ndarray], tmp_path: Path, workers: int, devices: int
+        ) -> None:
+    """D17"""
+    shards = share_out(plan_encoders(inputs, tmp_path), ["cpu"] * devices)
+    assert len(shards) == devices
+    for shard in shards:
+        assert {len(group) for group in datasets.extraction._by_slide(shard.works).values()} == {2}
+        run(shard.works, two_encoders(workers=workers))
+    assert equal(matrices(tmp_path), wanted)
+
+
+def test_cache_dir_is_read_instead_of_the_slides(
+        inputs: Inputs, wanted: dict[str, np.ndarray], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    original = datasets.patch_readers.open_slide
+
+    def spy(path: Path, **settings: Any) -> Any:
+        opened.append(path)
+        return original(path, **settings)
+
+    monkeypatch.setattr(datasets.patch_readers, "open_slide", spy)
+    cache = tmp_path / "cache"
+    run(plan_encoders(inputs, tmp_path / "f"), two_encoders(cache_dir=cache, workers=2))
+    assert equal(matrices(tmp_path / "f"), wanted)
+    assert opened and all(cache in path.parents for path in opened)
+    assert list(cache.iterdir()) == []
+
+
+def test_tasks_for_a_cluster(inputs: Inputs, folder: Path) -> None:
+    """At most one a slide; many small slides share tasks of 50,000 patches."""
+    todo = works(inputs, folder)
+    assert cluster_tasks(todo) == 3
+    patches = replace(todo[0].patches, coords=np.zeros((1000, 2), np.int64))
+    many = [replace(todo[0], patches=replace(patches, slide_id=f"s{number}"))
+            for number in range(2000)]
+    assert cluster_tasks(many) == 40 and cluster_tasks([]) == 1
+
+
+# ---------------------------------------------------------------------------- while it runs
+
+def meddling(at_launch: Callable[[], object]) -> Extraction:
+    """An extraction during which something happens to the files."""
+    class Meddler(MeanColour):
+        def launch(self, batch: np.ndarray) -> torch.Tensor:
+            at_launch()
+            return super().launch(batch)
+
+    return extraction(load=lambda device: Meddler(), batch_size=64)
+
+
+def test_a_lock_deleted_by_hand_is_noticed_before_writing(inputs: Inputs, folder: Path) -> None:
+    """A12"""
+    first = works(inputs, folder)[0]
+    rows = run([first], meddling(lambda: lock_path(first.path).unlink()))
+    assert "was deleted while we worked" in rows["slide_0"].reason
+    assert rows["slide_0"].status is Status.FAILED and not first.path.exists()
+
+
+def test_a_slide_touched_meanwhile_fails(inputs: Inputs, tmp_path: Path) -> None:
+    """B16: the same name and size, another time."""
+    moved = Inputs(tmp_path / "slides", inputs.patches_root, inputs.csv)
+    shutil.copytree(inputs.slides, moved.slides)
+    for name in ("h5_files", "pt_files"):
+        (tmp_path / name).mkdir()
+    first = works(moved, tmp_path)[0]
+    rows = run([first], meddling(lambda: os.utime(first.patches.slide_path, ns=(1, 1))))
+    assert "was replaced while it was read" in rows["slide_0"].reason and not first.path.exists()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from datasets.patches import (
 )
 from tests.feature_inputs import PATCH_PX, MeanColour, grid_coords
 from tests.slides import tissue_image, write_pyramid
-from utils.errors import SlideError
+from utils.errors import ItemFailed, SlideError
 from wsi_core.slide import open_slide
 
 
@@ -226,3 +230,144 @@ def test_encode_slide_gives_the_matrix_or_raises(folder: Path, tmp_path: Path) -
     np.testing.assert_allclose(features, by_hand(patches), atol=1e-4)
     with pytest.raises(SlideError, match="no such file"):
         encode_slide(tmp_path / "none.tif", patches.coords, **settings)
+
+
+# ---------------------------------------------------------------------------- several encoders
+
+class Watched:
+    """Opens slides and notes every place that is read, and how often a slide was opened."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[str, int, int]] = []
+        self.opened: list[Path] = []
+
+    def __call__(self, path: Path, **settings: Any) -> Any:
+        self.opened.append(path)
+        slide, noted = open_slide(path, **settings), self.places
+        original = slide.read_region
+
+        def read(location_l0: tuple[int, int], *rest: Any, **more: Any) -> np.ndarray:
+            noted.append((path.name, *location_l0))
+            return original(location_l0, *rest, **more)
+
+        slide.read_region = read  # type: ignore[method-assign]
+        return slide
+
+
+def together(slides: list[SlidePatches], encoders: dict[str, MeanColour], **settings: Any
+             ) -> dict[tuple[str, str], EncodedSlide]:
+    settings = {"batch_size": 16, "workers": 2, **settings}
+    return {(one.patches.slide_id, one.encoder): one
+            for one in encode_slides(slides, encoders=encoders, **settings)}
+
+
+def test_several_encoders_read_every_patch_once(folder: Path, monkeypatch: pytest.MonkeyPatch
+                                                ) -> None:
+    watched = Watched()
+    monkeypatch.setattr(datasets.patch_readers, "open_slide", watched)
+    slides = [slide(folder, number, 20) for number in range(3)]
+    encoders = {"whole": MeanColour(), "small": MeanColour(16)}
+    done = together(slides, encoders)
+    assert len(watched.places) == len(set(watched.places)) == 60
+    assert encoders["whole"].batches == encoders["small"].batches == [16, 16, 16, 12]
+    monkeypatch.undo()
+    for name, side in (("whole", 0), ("small", 16)):
+        alone = run(slides, MeanColour(side))
+        for patches in slides:
+            np.testing.assert_array_equal(done[patches.slide_id, name].features,
+                                          alone[patches.slide_id].features)
+    assert (done["s0", "whole"].features != done["s0", "small"].features).any()
+
+
+def test_a_slide_may_want_some_encoders_only(folder: Path) -> None:
+    encoders = {"a": MeanColour(), "b": MeanColour()}
+    done = together([slide(folder, 0, 9, encoders=("b",)), slide(folder, 1, 5)], encoders)
+    assert set(done) == {("s0", "b"), ("s1", "a"), ("s1", "b")}
+    assert sum(encoders["a"].batches) == 5 and sum(encoders["b"].batches) == 14
+
+
+def test_an_encoder_that_fails_costs_itself_alone(folder: Path) -> None:
+    class Broken(MeanColour):
+        def launch(self, batch: np.ndarray) -> torch.Tensor:
+            raise RuntimeError("CUDA fault")
+
+    class Picky(MeanColour):
+        def prepare(self, patch: np.ndarray) -> np.ndarray:
+            raise ItemFailed("preprocess failed")
+
+    slides = [slide(folder, number, 8) for number in range(2)]
+    done = together(slides, {"good": MeanColour(), "broken": Broken(), "picky": Picky()})
+    assert all("CUDA fault" in done[f"s{number}", "broken"].error for number in range(2))
+    assert done["s1", "picky"].error == "s1: preprocess failed"
+    for patches in slides:
+        np.testing.assert_allclose(done[patches.slide_id, "good"].features, by_hand(patches),
+                                   atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- deadlines, handles
+
+class Slow:
+    """A slide whose reads of some files wait: for a moment, or until the test is over."""
+
+    def __init__(self, path: Path, wait: Any) -> None:
+        self.slide, self.wait = open_slide(path), wait
+
+    def read_region(self, *given: Any, **settings: Any) -> np.ndarray:
+        self.wait()
+        return self.slide.read_region(*given, **settings)
+
+    def close(self) -> None:
+        self.slide.close()
+
+
+@pytest.mark.parametrize("kind", ["hangs", "slow"])
+def test_a_read_without_end_costs_its_slide(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capfd: pytest.CaptureFixture[str], kind: str) -> None:
+    """A16: the slide fails, where its thread hangs is told, the others go on beside it."""
+    over = threading.Event()
+
+    def wait() -> None:
+        if kind == "hangs":
+            over.wait(60)
+        else:
+            time.sleep(0.06)
+
+    def opened(path: Path, **settings: Any) -> Any:
+        return Slow(path, wait) if path.name == "s1.tif" else open_slide(path, **settings)
+
+    monkeypatch.setattr(datasets.patch_readers, "open_slide", opened)
+    slides = [slide(folder, 0, 70), slide(folder, 1, 70), slide(folder, 2, 70)]
+    start = time.monotonic()
+    try:
+        done = run(slides, workers=2, deadline_s=0.8)
+    finally:
+        over.set()
+    assert time.monotonic() - start < 30
+    assert done["s1"].error.startswith("timeout: reading ")
+    assert "s1.tif took longer than 0.8 s" in done["s1"].error
+    for number in (0, 2):
+        np.testing.assert_allclose(done[f"s{number}"].features, by_hand(slides[number]), atol=1e-4)
+    assert ("in wait" in capfd.readouterr().err) == (kind == "hangs")
+
+
+def test_handles_and_memory_do_not_grow_with_the_slides(folder: Path, tmp_path: Path) -> None:
+    """A17"""
+    def handles() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def slides() -> Iterator[SlidePatches]:
+        for number in range(400):
+            path = tmp_path / f"n{number}.tif"
+            path.symlink_to(folder / "s0.tif")
+            yield slide(folder, 0, 2, slide_id=path.stem, slide_path=path)
+
+    before, seen, alive = handles(), [], []
+    done = encode_slides(slides(), encoders={"": MeanColour()}, batch_size=4, workers=2)
+    for number, one in enumerate(done):
+        alive.append(weakref.ref(one.features.base if one.features.base is not None
+                                 else one.features))
+        if number % 100 == 50:
+            del one
+            seen.append((handles(), sum(ref() is not None for ref in alive)))
+    assert len(alive) == 400 and max(count for count, _ in seen) <= before + 4
+    assert max(kept for _, kept in seen) < 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from datasets import tissue_masks
 from datasets.tissue_masks import TissueSlide, mask_parameters, predict_masks, read_scaled
 from models.tissue_networks import NetworkCard, NetworkPredictor, build_network
 from tests.slides import tissue_image, write_pyramid
+from utils import faults
 from utils.errors import Refused
 from utils.locks import claim
 from utils.report import Row, Status
@@ -154,6 +156,19 @@ def test_answers_that_are_not_finite_fail(slides: list[TissueSlide], tmp_path: P
 
     assert "not finite" in run(slides[:1], Overflow(), tmp_path)["slide_0"].reason
     assert not (tmp_path / "slide_0.png").exists()
+
+
+def test_a_full_disk_costs_the_slide_that_was_written(
+        slides: list[TissueSlide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_passed", Counter())
+    monkeypatch.setenv("MILWRIGHT_FAULT", "storage.replace:enospc:2")
+    rows = run(slides, Colours(), tmp_path, batch_size=3)
+    assert statuses(rows) == [Status.DONE, Status.FAILED, Status.DONE]
+    assert "no space left" in rows["slide_1"].reason
+    monkeypatch.delenv("MILWRIGHT_FAULT")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slide_0.png", "slide_2.png"]
+    rows = run(slides, Colours(), tmp_path)
+    assert statuses(rows) == [Status.SKIPPED, Status.DONE, Status.SKIPPED]
 
 
 def test_a_slide_that_another_process_holds(slides: list[TissueSlide], tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_the_list_says_where_slides_lie_and_leads_nowhere_else(tree: Path) -> No
 def test_same_stem_names_both_paths() -> None:
     with pytest.raises(Refused, match=r"s/a\.svs and s/a\.tif would both become a\.h5"):
         check_stems(new_list(["a.svs", "b.svs", "a.tif"], DEFAULTS), Path("s"))
+    with pytest.raises(Refused, match=r"s/A\.svs and s/a\.svs would both become a\.h5"):
+        check_stems(new_list(["A.svs", "a.svs"], DEFAULTS), Path("s"))
     check_stems(new_list(["a.svs", "a.b.svs"], DEFAULTS), Path("s"))
 
 
