@@ -150,7 +150,7 @@ def load_predictor(options: Options) -> TissuePredictor | None:
     from models.tissue_networks import load_tissue_predictor
 
     return load_tissue_predictor(options.segmenter, options.seg_ckpt, device=options.device,
-                                 threshold=options.seg_thresh)
+                                 threshold=options.seg_thresh, mpp_um=options.seg_mpp)
 
 
 def prepare_folders(options: Options, plan: PatchPlan) -> None:

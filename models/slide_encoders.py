@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint:"
 HOOK = "register_slide_encoders"
-TRIAL_ROWS = 8  # of noise, to see whether a model has an embedding
 
 POOLING: Registry[Build] = Registry("slide encoder")
 
@@ -97,7 +96,7 @@ class SlideEncoder:
 def load_slide_encoder(text: str, *, device: str = "cpu") -> SlideEncoder:
     """A slide encoder as the user names it, see above.
 
-    ``Refused``: unknown name, no such file, a damaged checkpoint, a model without slide embedding.
+    ``Refused``: unknown name, no such file, a damaged checkpoint, a model of several levels.
     """
     place = pick_device(device)
     if text.startswith(CHECKPOINT):
@@ -132,14 +131,8 @@ def _load_model(path: Path, device: torch.device) -> SlideEncoder:
 
     record = {"name": "checkpoint", "model_type": trained.spec.model_type,
               "sha256": trained.sha256}
-    encoder = SlideEncoder(f"{path.resolve().parent.name}_{path.stem}", encode, device=device,
-                           record=record, model=trained)
-    try:
-        encoder.encode(np.zeros((TRIAL_ROWS, trained.spec.embed_dim), np.float32),
-                       256 * np.arange(2 * TRIAL_ROWS).reshape(-1, 2))
-    except ItemFailed as error:
-        raise Refused(f"checkpoint {path}: {error}") from None
-    return encoder
+    return SlideEncoder(f"{path.resolve().parent.name}_{path.stem}", encode, device=device,
+                        record=record, model=trained)
 
 
 def _load_plugin(path: Path, name: str, device: torch.device) -> SlideEncoder:

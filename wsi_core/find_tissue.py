@@ -16,7 +16,7 @@ import numpy as np
 from utils.errors import ItemFailed
 from utils.storage import file_sha256
 from wsi_core.presets import PatchingParameters
-from wsi_core.slide import Slide, best_level, read_level, read_overview
+from wsi_core.slide import WHITE, Slide, best_level, read_level, read_overview
 from wsi_core.tissue import UNIT_AREA_PX_L0, Tissue, outline_tissue, tissue_mask
 
 OVERVIEW_DOWNSAMPLE = 64.0  # automatic levels: the coarsest at most this far below level 0
@@ -107,12 +107,15 @@ class Overviews:
         return self._levels[level]
 
     def scaled(self, mpp_um: float, slide_mpp: Pair | None) -> Image:
-        """The whole slide at so many um per px; 32 times reduced when its scale is unknown."""
+        """The whole slide at so many um per px; 32 times reduced when its scale is unknown.
+
+        What was not scanned is white, like glass.
+        """
         downsample = UNKNOWN_DOWNSAMPLE if slide_mpp is None else mpp_um / (sum(slide_mpp) / 2)
         downsample = max(1.0, downsample)
         if downsample not in self._scaled:
-            self._scaled[downsample] = read_overview(self.slide, downsample,
-                                                     max_pixels=OVERVIEW_PIXELS)
+            self._scaled[downsample] = read_overview(
+                self.slide, downsample, max_pixels=OVERVIEW_PIXELS, background=WHITE)
         return self._scaled[downsample]
 
     def picture(self) -> Image:

@@ -72,7 +72,8 @@ class TissueOptions:
         "clam", help="clam: by the preset; otsu, entropy, stain: classical, at 8 um; mask: the "
         "files of --mask_dir; sam2, network: learned, of --seg_ckpt")
     seg_mpp: float | None = option(None, low=0.1, high=100, help="um per pixel of the image that "
-                                   "is segmented (default: 8; clam: seg_level of the preset)")
+                                   "is segmented (default: 8, or the network's own; clam: seg_level of the "
+                                   "preset)")
     seg_ckpt: Path | None = option(None, help="weights of sam2, or folder of a network made by "
                                    "scripts/train_tissue_network.py")
     seg_thresh: float = option(0.5, low=0, high=1, help="how sure the segmenter must be (not for "
@@ -181,8 +182,7 @@ def check_tissue(options: TissueOptions) -> None:
                (name not in LEARNED, "seg_batch_size", options.seg_batch_size != 4),
                (name not in LEARNED, "device", options.device != "auto"),
                (name in ("clam", "mask"), "seg_thresh", options.seg_thresh != 0.5),
-               (name in LEARNED or (name == "mask" and not looks), "seg_mpp",
-                options.seg_mpp is not None)]
+               (name == "mask" and not looks, "seg_mpp", options.seg_mpp is not None)]
     for useless, flag, given in without:
         if useless and given:
             raise Refused(f"--{flag} has no effect with --segmenter {name}: leave it out")
