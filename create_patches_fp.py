@@ -53,13 +53,13 @@ from wsi_core.patch_options import (
     check_scale,
     check_tissue,
     output_plan,
+    pack_plan,
     patch_plan,
     tissue_search,
 )
 
 if TYPE_CHECKING:
     from models.tissue_networks import TissuePredictor
-    from wsi_core.deriving import DerivePlan
     from wsi_core.patching import PatchJob, PatchPlan
     from wsi_core.process_list import ProcessList
 
@@ -83,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options(options)
     from wsi_core.deriving import DerivePlan, derive_slides, prepare
     from wsi_core.hierarchy import wanted_children
+    from wsi_core.pack import pack_listed
     from wsi_core.planning import load_defaults, load_listing, load_sizes, plan_jobs
     from wsi_core.slide_listing import MASKS
 
     finer = DerivePlan(save_dir=options.save_dir, redo=not options.auto_skip,
                        children=wanted_children(options.child_levels, options.child_mpp))
+    packing = pack_plan(options, options.save_dir)
     defaults = load_defaults(options.preset)
     listing = load_listing(options.source, options.save_dir, options.process_list, defaults,
                            recursive=options.recursive, id_from_path=options.id_from_path)
@@ -106,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return survey(jobs, plan, report, workers=options.workers)
     prepare_folders(options, plan)
     prepare(finer, list(listing.rows), plan)
+    if packing is not None:
+        packing.prepare()
     print(f"{len(jobs)} slides to do, {len(report.rows)} settled before, of "
           f"{len(listing.rows)} listed")
     spread: dict[str, Any] = {"workers": options.workers, "scheduler": options.scheduler,
@@ -116,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                                   batch_size=options.seg_batch_size)
         do_jobs(jobs, plan, listing, report, spread=spread)
         derive_slides(finer, listing, options.source, report, **spread)
-        if options.save_lmdb is not None:
-            pack_patches(options, plan, finer, listing, report, spread)
+        if packing is not None:
+            pack_listed(packing, listing, options.source, report, coarse=plan, finer=finer,
+                        spread=spread)
     finally:
         save_results(listing, report, options)
     report.print_summary(options.save_dir)
@@ -209,28 +214,6 @@ def predict_tissue(jobs: list[PatchJob], predictor: TissuePredictor, plan: Patch
             job = by_name.pop(row.item)
             settle(listing, report, replace(row, item=job.listed_as))
     return list(by_name.values())
-
-
-def pack_patches(options: Options, plan: PatchPlan, finer: DerivePlan, listing: ProcessList,
-                 report: RunReport, spread: dict[str, Any]) -> None:
-    """Pack the patches of every slide that has coordinates, on all levels, into one LMDB."""
-    from wsi_core.pack import PackJob, pack_slides
-    from wsi_core.patch_lmdb import lmdb_path
-    from wsi_core.slide_listing import slide_file
-
-    jobs, missing = [], []
-    for name, row in listing.rows.items():
-        slide_id = Path(name).stem
-        places = {"": plan.coords_path(slide_id),
-                  **{child.name: finer.h5_path(child, slide_id) for child in finer.children}}
-        jobs += [PackJob(name=name, slide_path=slide_file(options.source, name, row),
-                         coords_path=path, level=level)
-                 for level, path in places.items() if path.exists()]
-        missing += [name] if not places[""].exists() else []
-    assert options.save_lmdb is not None
-    report.extend(pack_slides(jobs, lmdb_path(options.save_dir, options.save_lmdb), spread=spread,
-                              encoding=options.image_format, quality=options.jpeg_quality,
-                              missing=missing))
 
 
 def save_results(listing: ProcessList, report: RunReport, options: Options) -> None:

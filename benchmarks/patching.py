@@ -7,7 +7,10 @@ First a whole 40,000 px slide with mask, stitch and h5 on disk, at several patch
 is reading the level and OpenCV's segmentation, measured in the same run. Then the contour test
 alone: 25 ragged outlines on 120,000 x 90,000 px, about 85,000 patches. Beside it runs the algorithm
 of the reference in one process, ``cv2.pointPolygonTest`` candidate by candidate, on a share of the
-candidates; both must agree. Times are the best of several runs, in one process.
+candidates; both must agree. In between, the slide at a physical scale (0.5 um, global lattice) with
+each classical segmenter, against CLAM's way on the same work in the same run: its mask of the same
+overview, and every candidate tested point by point. Times are the best of several runs, in one
+process.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ def main() -> int:
         for size in PATCH_SIZES:
             figures[f"slide, {size} px"] = run_slide(slide, Path(folder) / str(size), size,
                                                      options.repeats)
+        figures["physical"] = run_physical(slide, Path(folder), options.repeats)
     figures["ragged"] = run_ragged(options.repeats, options.baseline_share)
     if options.json:
         write_json(options.json, figures)
@@ -123,12 +127,13 @@ def _jpeg(rgb: np.ndarray) -> bytes:
 def run_slide(slide_path: Path, save_dir: Path, patch: int, repeats: int) -> dict[str, float]:
     """Time a slide from file to h5, mask and stitch, and the floor under it."""
     from wsi_core.coords import read_coords
+    from wsi_core.outputs import OutputPlan
     from wsi_core.patching import PatchJob, PatchPlan, patch_slide
     from wsi_core.slide import open_slide, read_level
 
     job = PatchJob(slide_path=slide_path, parameters=DEFAULTS)
-    plan = PatchPlan(save_dir=save_dir, patch_size=patch, step_size=patch, make_stitch=True,
-                     redo=True)
+    plan = PatchPlan(save_dir=save_dir, patch_size=patch, step_size=patch, redo=True,
+                     outputs=OutputPlan(save_dir=save_dir, stitch=True))
     for name in ("patches", "masks", "stitches"):
         (save_dir / name).mkdir(parents=True)
 
@@ -147,6 +152,44 @@ def run_slide(slide_path: Path, save_dir: Path, patch: int, repeats: int) -> dic
           f"CLAM {clam_s} s, {clam_mb} MB (ratio {clam_s / total:.1f})")
     return {"patches": count, "wall_s": total, "cpu_s": cpu, "floor_s": least,
             "floor_share": least / total, "clam_s": clam_s, "peak_mb": peak}
+
+
+# ---------------------------------------------------------------------------- physical scale
+
+def run_physical(slide_path: Path, folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """Time thumbnail, mask and coordinates of 256 px at 0.5 um with each segmenter."""
+    from wsi_core.coords import read_coords
+    from wsi_core.find_tissue import TissueSearch
+    from wsi_core.patching import PatchJob, PatchPlan, patch_slide
+
+    clam_wall, clam_cpu = best_of(repeats, lambda: clams_way(slide_path, 512))
+    print(f"CLAM's way on the same overview: {clam_wall:.3f} s wall, {clam_cpu:.3f} s CPU")
+    figures = {"clam's way": {"wall_s": clam_wall, "cpu_s": clam_cpu}}
+    job = PatchJob(slide_path=slide_path, parameters=DEFAULTS)
+    for segmenter in ("clam", "otsu", "entropy", "stain"):
+        save_dir = folder / segmenter
+        for name in ("patches", "masks"):
+            (save_dir / name).mkdir(parents=True)
+        plan = PatchPlan(save_dir=save_dir, patch_mpp=0.5, lattice="global", redo=True,
+                         search=TissueSearch(segmenter=segmenter, seg_mpp=8.0))
+        wall, cpu = best_of(repeats, lambda plan=plan: patch_slide(job, plan=plan))
+        count = len(read_coords(plan.coords_path(job.slide_id)))
+        print(f"physical, {segmenter:8} {count:6d} patches: {wall:.3f} s wall, {cpu:.3f} s CPU; "
+              f"CLAM's way takes {clam_wall / wall:.1f} times as long")
+        figures[segmenter] = {"patches": count, "wall_s": wall, "cpu_s": cpu,
+                              "ratio": clam_wall / wall}
+    return figures
+
+
+def clams_way(slide_path: Path, patch: int) -> None:
+    """CLAM's mask of an overview of 8 um, then each candidate tested point by point."""
+    from wsi_core.slide import open_slide, read_overview
+
+    with open_slide(slide_path) as slide:
+        tissue = segment_image(*read_overview(slide, 32.0), DEFAULTS)
+        coords = patch_grid(tissue, patch_px_l0=patch, step_px_l0=patch,
+                            slide_size=slide.level_dimensions[0])
+    reference_test(tissue, patch, 1.0, coords)
 
 
 # ---------------------------------------------------------------------------- the contour test

@@ -1,4 +1,4 @@
-"""The patches of a run in one LMDB: workers encode slides, this process takes them in."""
+"""Patches of all slides of a run into one LMDB: workers encode, this process takes them in."""
 
 from __future__ import annotations
 
@@ -7,14 +7,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import ItemFailed
+from utils.errors import BrokenFile, ItemFailed
 from utils.locks import claim, holder
 from utils.parallel import run_items
-from utils.report import Row, Status
+from utils.report import Row, RunReport, Status
+from utils.temporaries import sweep_temporaries
 from wsi_core.coords import read_coords
+from wsi_core.deriving import DerivePlan
 from wsi_core.patch_images import Encoding
 from wsi_core.patch_lmdb import PatchLmdb, pack_part, part_done, part_path
+from wsi_core.patching import PatchPlan, check_made_from
+from wsi_core.process_list import ProcessList
 from wsi_core.slide import open_slide
+from wsi_core.slide_listing import slide_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlan:
+    """Where patches are packed to and how they are encoded; quality: 1..100, of JPEG."""
+
+    database: Path
+    encoding: Encoding
+    quality: int
+
+    def open(self) -> PatchLmdb:
+        """The database, made when it is not there.
+
+        ``Refused`` when it holds patches of another encoding, or is another tool's.
+        """
+        return PatchLmdb(self.database, encoding=self.encoding, quality=self.quality)
+
+    @property
+    def parts(self) -> Path:
+        """The folder where finished slides wait."""
+        return self.database.with_name(self.database.name + ".parts")
+
+    def prepare(self) -> None:
+        """Refuse before any work what ``open`` would refuse after it."""
+        with claim(self.database) as mine:
+            if mine:
+                self.open().close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,56 +64,87 @@ class PackJob:
         return f"{self.name} [lmdb {self.level}]" if self.level else f"{self.name} [lmdb]"
 
 
-def encode_slide(job: PackJob, *, database: Path, encoding: Encoding, quality: int) -> None:
-    """Read and encode the patches of one slide into its part. Raises ItemFailed, OSError."""
-    patches = read_coords(job.coords_path)
-    path = part_path(database, patches.slide_id, level=job.level)
-    if part_done(path, patches, encoding=encoding, quality=quality):
-        return
-    with open_slide(job.slide_path) as slide:
-        pack_part(slide, patches, path, level=job.level, encoding=encoding, quality=quality)
+def pack_listed(plan: PackPlan, listing: ProcessList, source: Path, report: RunReport, *,
+                coarse: PatchPlan, finer: DerivePlan, spread: dict[str, Any]) -> None:
+    """Pack the patches of every listed slide that has coordinates, on all levels.
+
+    Slides that failed in this run are left out, whatever is there of earlier ones. spread:
+    workers, scheduler, deadline_s of ``run_items``. ``Refused`` as ``PackPlan.open``.
+    """
+    failed = {row.item for row in report.rows if row.status is Status.FAILED}
+    jobs, missing = [], []
+    for name, row in listing.rows.items():
+        slide_id = Path(name).stem
+        places = {"": coarse.coords_path(slide_id),
+                  **{child.name: finer.h5_path(child, slide_id) for child in finer.children}}
+        if name in failed or not places[""].exists():
+            missing.append(name)
+            continue
+        jobs += [PackJob(name=name, slide_path=slide_file(source, name, row), coords_path=path,
+                         level=level) for level, path in places.items() if path.exists()]
+    report.extend(pack_slides(jobs, plan, missing=missing, spread=spread))
 
 
-def pack_slides(jobs: Sequence[PackJob], database: Path, *, encoding: Encoding, quality: int,
-                missing: Sequence[str], spread: dict[str, Any]) -> list[Row]:
-    """Bring every slide into the database; one row each.
+def pack_slides(jobs: Sequence[PackJob], plan: PackPlan, *, missing: Sequence[str],
+                spread: dict[str, Any]) -> list[Row]:
+    """Bring every slide into the database; one row each, all busy when another process writes it.
 
     missing: slides of the run without coordinates, which the database is complete without
-    spread: workers, scheduler, deadline_s of ``run_items``
-    ``Refused`` when the database holds patches of another encoding, or is another tool's.
     """
-    rows: list[Row] = []
-    arguments: dict[str, Any] = {"encoding": encoding, "quality": quality}
-    with claim(database) as mine:
+    with claim(plan.database) as mine:
         if not mine:
-            raise ItemFailed(f"{database}: {holder(database)} writes it: wait for its end")
-        with PatchLmdb(database, **arguments) as packed:
-            todo = []
-            for job in jobs:
-                patches = read_coords(job.coords_path)
-                if packed.holds(patches, level=job.level):
-                    rows.append(Row(item=job.item, status=Status.SKIPPED,
-                                    numbers={"n_patches": len(patches)}))
-                else:
-                    todo.append(job)
-            outcomes = run_items(encode_slide, todo, **spread,
-                                 arguments={"database": database, **arguments})
-            rows += (_take_in(packed, database, outcome.item, outcome.error, outcome.seconds)
+            why = (f"{holder(plan.database)} writes {plan.database.name}: run the same command "
+                   "again when it is done")
+            return [Row(item=job.item, status=Status.BUSY, reason=why) for job in jobs]
+        for folder in (plan.parts, *plan.parts.glob("*/")):
+            sweep_temporaries(folder)
+        with plan.open() as packed:
+            rows, todo = _settle_packed(packed, jobs)
+            outcomes = run_items(encode_slide, todo, **spread, arguments={"plan": plan})
+            rows += (_take_in(packed, plan, outcome.item, outcome.error, outcome.seconds)
                      for outcome in outcomes)
             failed = [row.item for row in rows if row.status is Status.FAILED]
-            if todo or missing:
-                packed.finish(missing=[*missing, *failed])
-    _remove_parts(database)
+            packed.finish(missing=[*missing, *failed])
+        _remove_parts(plan.parts)
     return rows
 
 
-def _take_in(packed: PatchLmdb, database: Path, job: PackJob, error: str | None, seconds: float
+def encode_slide(job: PackJob, *, plan: PackPlan) -> None:
+    """Read and encode the patches of one slide into its part. Raises ItemFailed, OSError."""
+    patches = read_coords(job.coords_path)
+    check_made_from(job.slide_path, patches, job.coords_path)
+    path = part_path(plan.database, patches.slide_id, level=job.level)
+    if part_done(path, patches, encoding=plan.encoding, quality=plan.quality):
+        return
+    with open_slide(job.slide_path) as slide:
+        pack_part(slide, patches, path, level=job.level, encoding=plan.encoding,
+                  quality=plan.quality)
+
+
+def _settle_packed(packed: PatchLmdb, jobs: Sequence[PackJob]) -> tuple[list[Row], list[PackJob]]:
+    """Rows of the slides that are in already or whose coordinates are damaged, and the others."""
+    rows, todo = [], []
+    for job in jobs:
+        try:
+            patches = read_coords(job.coords_path)
+        except BrokenFile as error:
+            rows.append(Row(item=job.item, status=Status.FAILED, reason=str(error)))
+            continue
+        if packed.holds(patches, level=job.level):
+            rows.append(Row(item=job.item, status=Status.SKIPPED,
+                            numbers={"n_patches": len(patches)}))
+        else:
+            todo.append(job)
+    return rows, todo
+
+
+def _take_in(packed: PatchLmdb, plan: PackPlan, job: PackJob, error: str | None, seconds: float
              ) -> Row:
     """One slide's part into the database, and away with it."""
     try:
         if error is not None:
             raise ItemFailed(error)
-        part = part_path(database, read_coords(job.coords_path).slide_id, level=job.level)
+        part = part_path(plan.database, read_coords(job.coords_path).slide_id, level=job.level)
         count = packed.add(part)
         part.unlink()
     except ItemFailed as problem:
@@ -90,9 +153,8 @@ def _take_in(packed: PatchLmdb, database: Path, job: PackJob, error: str | None,
                reason="" if count else "no patches", numbers={"n_patches": count})
 
 
-def _remove_parts(database: Path) -> None:
+def _remove_parts(parts: Path) -> None:
     """The folder of parts when nothing is left in it (a failed slide may have left some)."""
-    folder = database.with_name(database.name + ".parts")
-    for place in (*folder.glob("*/"), folder):
+    for place in (*parts.glob("*/"), parts):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()

@@ -29,12 +29,12 @@ from typing import Any, Self
 import numpy as np
 
 from utils import __version__
-from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.errors import BrokenFile, ItemFailed, Refused, SlideError
 from utils.faults import fault_point
 from utils.storage import atomic_file, canonical, inside, safe_id
 from wsi_core.coords import PatchCoords, coords_digest
 from wsi_core.patch_images import Encoding, encode_image, keep_by_pixels
-from wsi_core.slide import Slide
+from wsi_core.slide import Slide, stamp
 
 SCHEMA = 1
 META = b"meta"
@@ -129,8 +129,12 @@ def write_part(path: Path, patches: PatchCoords, *, level: str = "", encoding: E
 def pack_part(slide: Slide, patches: PatchCoords, path: Path, *, level: str = "",
               encoding: Encoding = "jpeg", quality: int = 90, threads: int = 1) -> None:
     """Read and encode all ``patches`` of a slide into the part ``path``. SlideError, OSError."""
+    before = stamp(slide.path)
     with write_part(path, patches, level=level, encoding=encoding, quality=quality) as sink:
         keep_by_pixels(slide, patches, sinks=[sink], threads=threads)
+        if stamp(slide.path) != before:
+            raise SlideError(f"{slide.path}: was replaced while it was read: run the same command "
+                             "again")
 
 
 def part_done(path: Path, patches: PatchCoords, *, encoding: Encoding, quality: int) -> bool:
@@ -229,9 +233,12 @@ class PatchLmdb:
 
     def finish(self, *, missing: Sequence[str] = ()) -> None:
         """Say that the database is complete but for the slides ``missing``: readers open it now."""
-        with self._env.begin(write=True) as txn:
+        with self._env.begin() as txn:
             meta = json.loads(txn.get(META))
-            self._put(txn, META, {**meta, "complete": True, "missing": sorted(missing)})
+        finished = {**meta, "complete": True, "missing": sorted(missing)}
+        if finished != meta:  # a file that is complete is not touched
+            with self._env.begin(write=True) as txn:
+                self._put(txn, META, finished)
 
     def close(self) -> None:
         """Give the file back; without ``finish`` readers refuse it."""

@@ -16,6 +16,7 @@ from utils.options import option
 if TYPE_CHECKING:
     from wsi_core.find_tissue import TissueSearch
     from wsi_core.outputs import OutputPlan
+    from wsi_core.pack import PackPlan
     from wsi_core.patching import PatchPlan
 
 CLASSICAL = ("otsu", "entropy", "stain")  # as wsi_core.segmenters registers them
@@ -76,8 +77,8 @@ class TissueOptions:
                                    "preset)")
     seg_ckpt: Path | None = option(None, help="weights of sam2, or folder of a network made by "
                                    "scripts/train_tissue_network.py")
-    seg_thresh: float = option(0.5, low=0, high=1, help="how sure the segmenter must be (not for "
-                               "clam and mask)")
+    seg_thresh: float | None = option(None, low=0, high=1, help="how sure the segmenter must be "
+                                      "(default: 0.5, or the network's own; not for clam, mask)")
     seg_batch_size: int = option(4, low=1, help="overviews at a time through sam2 or network")
     device: str = option("auto", help="of sam2 and network: auto, cpu, cuda or cuda:N")
     mask_dir: Path | None = option(None, help="folder with <slide>.png (not black: tissue)")
@@ -181,7 +182,7 @@ def check_tissue(options: TissueOptions) -> None:
                (name not in LEARNED, "seg_ckpt", options.seg_ckpt is not None),
                (name not in LEARNED, "seg_batch_size", options.seg_batch_size != 4),
                (name not in LEARNED, "device", options.device != "auto"),
-               (name in ("clam", "mask"), "seg_thresh", options.seg_thresh != 0.5),
+               (name in ("clam", "mask"), "seg_thresh", options.seg_thresh is not None),
                (name == "mask" and not looks, "seg_mpp", options.seg_mpp is not None)]
     for useless, flag, given in without:
         if useless and given:
@@ -211,7 +212,8 @@ def tissue_search(options: TissueOptions, *, mask_dir: Path | None = None,
 
     return TissueSearch(
         segmenter="mask" if record else options.segmenter, seg_mpp=options.seg_mpp,
-        threshold=options.seg_thresh, remove_pen=options.remove_pen,
+        threshold=0.5 if options.seg_thresh is None else options.seg_thresh,
+        remove_pen=options.remove_pen,
         remove_artefacts=options.remove_artefacts, min_area_um2=options.min_area_um2,
         min_hole_um2=options.min_hole_um2, mask_dir=mask_dir or options.mask_dir,
         contours_dir=options.contours_dir, record=record or {})
@@ -224,6 +226,19 @@ def output_plan(options: OutputOptions, save_dir: Path) -> OutputPlan:
     return OutputPlan(save_dir=save_dir, stitch=options.stitch, overlays=options.visualize,
                       geojson=options.save_geojson, images=options.save_images,
                       jpeg_quality=options.jpeg_quality, max_images=options.max_images)
+
+
+def pack_plan(options: OutputOptions, save_dir: Path) -> PackPlan | None:
+    """The LMDB that patches go into, None without one. ``Refused``: its name is no plain one, or
+    lmdb is not installed."""
+    if options.save_lmdb is None:
+        return None
+    from wsi_core.pack import PackPlan
+    from wsi_core.patch_lmdb import import_lmdb, lmdb_path
+
+    import_lmdb()
+    return PackPlan(database=lmdb_path(save_dir, options.save_lmdb),
+                    encoding=options.image_format, quality=options.jpeg_quality)
 
 
 def patch_plan(scale: ScaleOptions, run: RunOptions, *, save_dir: Path, segment: bool, patch: bool,

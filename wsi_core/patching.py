@@ -325,11 +325,21 @@ def _corners(slide: Slide, tissue: Tissue, reading: Reading, job: PatchJob, plan
     return dense
 
 
+def check_made_from(slide_path: Path, patches: PatchCoords, coords_path: Path) -> None:
+    """Raise ItemFailed when the coordinates are of another slide than the one that lies there now;
+    a file of CLAM's does not say."""
+    record = patches.parameters
+    if any(record.get(name, value) != value for name, value in fingerprint(slide_path).items()):
+        raise ItemFailed(f"{slide_path}: is not the slide that {coords_path} was made from: run "
+                         "with --seg --patch --no_auto_skip")
+
+
 def _extras_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
     path = plan.coords_path(job.slide_id)
     if not path.exists():
         raise ItemFailed(f"{path} is not there to draw: run with --seg --patch first")
     patches = read_coords(path)
+    check_made_from(job.slide_path, patches, path)
     if plan.redo:
         plan.beside.clear(job.slide_id)
     plan.beside.make(Overviews(slide), patches, plan.beside.missing(job.slide_id, patches))

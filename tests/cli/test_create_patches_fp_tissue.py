@@ -12,6 +12,7 @@ import pytest
 
 import create_patches_fp
 from tests.slides import tissue_image, write_pyramid
+from tests.tissue_models import save_tiny_sam2
 from utils.errors import Refused
 from wsi_core.coords import PatchCoords, read_coords
 
@@ -108,6 +109,64 @@ def test_areas_in_um2(tmp_path: Path, out: Path) -> None:
     assert pieces("both", "--min_area_um2", 5000, "--min_hole_um2", 1000) == (2, 1)
     assert pieces("large", "--min_area_um2", 20000, "--min_hole_um2", 1000) == (1, 1)
     assert pieces("filled", "--min_area_um2", 5000, "--min_hole_um2", 4000) == (2, 0)
+
+
+# ---------------------------------------------------------------------------- learned segmenters
+
+def untrained_network(folder: Path) -> Path:
+    """A small network with random weights, as training leaves one."""
+    import torch
+
+    from models.tissue_networks import NetworkCard, build_network, save_network
+
+    card = NetworkCard(arch="unet", width=4, depth=2, mpp_um=8.0, tile_px=64, threshold=0.4)
+    torch.manual_seed(0)
+    folder.mkdir()
+    save_network(folder, build_network(card), card)
+    return folder
+
+
+def masks(out: Path) -> dict[str, np.ndarray]:
+    return {path.stem: cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 0
+            for path in sorted((out / "tissue_masks").iterdir())}
+
+
+def test_a_learned_segmenter_writes_masks_first(source: Path, out: Path, tmp_path: Path) -> None:
+    for name in ("b.tif", "c.tif"):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / name).symlink_to(source / "a.tif")
+    (tmp_path / "s" / "broken.tif").write_bytes(b"no slide")
+    network = untrained_network(tmp_path / "network")
+    flags = ("--segmenter", "network", "--seg_ckpt", network, "--device", "cpu", *SMALL[2:])
+    assert run(tmp_path / "s", out, *flags) == 3  # broken.tif, alone
+    assert set(masks(out)) == {"b", "c"}
+    assert coords(out, "b").parameters["segmenter"]["name"] == "network"
+    stamp = (out / "tissue_masks/b.png").stat().st_mtime_ns
+    assert run(tmp_path / "s", out, *flags) == 3
+    assert (out / "tissue_masks/b.png").stat().st_mtime_ns == stamp
+
+    other = tmp_path / "one"
+    run(tmp_path / "s", other, *flags, "--seg_batch_size", 1)
+    assert all(np.array_equal(masks(out)[name], masks(other)[name]) for name in "bc")
+    shares = []
+    for threshold in (0, 0.4, 1):
+        place = tmp_path / str(threshold)
+        run(tmp_path / "s", place, *flags, "--seg_thresh", threshold)
+        shares.append(masks(place)["b"].mean())
+    assert shares[0] == 1 and shares[2] == 0 and shares[1] == masks(out)["b"].mean()
+    run(tmp_path / "s", tmp_path / "fine", *flags, "--seg_mpp", 4)
+    assert masks(tmp_path / "fine")["b"].shape[0] == 2 * masks(out)["b"].shape[0]
+
+
+def test_sam2(source: Path, out: Path, tmp_path: Path) -> None:
+    save_tiny_sam2(tmp_path / "sam2")
+    flags = ("--segmenter", "sam2", "--seg_ckpt", tmp_path / "sam2", "--device", "cpu", *SMALL[2:])
+    assert run(source, out, *flags, "--seg_thresh", 0.01) == 0
+    assert coords(out).parameters["segmenter"]["name"] == "sam2" and len(coords(out)) > 0
+    with pytest.raises(Refused, match="segmenter: file has"):
+        run(source, out, *flags, "--seg_thresh", 0.02)
+    with pytest.raises(Refused):
+        run(source, tmp_path / "b", *flags[:3], tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------- masks and outlines

@@ -113,6 +113,21 @@ def test_a_slide_that_kills_its_process_fails_alone(
     assert contents(tmp_path) == contents(unbroken)
 
 
+def test_a_read_that_never_comes_back(
+        inputs: Inputs, unbroken: Path, encoder_flags: list[str], tmp_path: Path, run_script: Run
+        ) -> None:
+    """A16: the slide fails as "timeout", its stack is told, the others are done; then it goes."""
+    arguments = [*inputs.arguments(tmp_path), *encoder_flags, "--slide_timeout", "2"]
+    run = run_script(SCRIPT, *arguments, env={"MILWRIGHT_FAULT": "patches.open.slide_1:sleep"})
+    assert run.returncode == 3, run.stdout + run.stderr
+    (line,) = [line for line in run.stdout.splitlines() if "failed  slide_1:" in line]
+    assert "timeout: reading" in line and "longer than 2 s" in line
+    assert "in fault_point" in run.stderr and strays(tmp_path) == []
+    assert set(contents(tmp_path)) == {name for name in contents(unbroken) if "slide_1" not in name}
+    assert run_script(SCRIPT, *arguments).returncode == 0
+    assert contents(tmp_path) == contents(unbroken)
+
+
 def test_killed_once_while_writing_heals_itself(
         inputs: Inputs, unbroken: Path, encoder_flags: list[str], tmp_path: Path, run_script: Run
         ) -> None:
