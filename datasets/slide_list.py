@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils.errors import Refused
-from utils.storage import inside, read_table, safe_id
+from utils.storage import read_table, safe_id
 from wsi_core.layouts import find_coords
 from wsi_core.process_list import PATH_COLUMN
 
@@ -45,7 +45,7 @@ def _resolve(name: str, path_cell: str, data_h5_dir: Path, slide_dir: Path, slid
              ) -> tuple[str, Path]:
     """(id, file) of a row."""
     extension = slide_ext if slide_ext.startswith(".") or not slide_ext else f".{slide_ext}"
-    named = inside(slide_dir, path_cell or name)
+    named = _within(slide_dir, path_cell or name)
     slide_id = name.removesuffix(named.suffix if path_cell else extension)
     if slide_id == name and not find_coords(data_h5_dir, name).exists() and (
             find_coords(data_h5_dir, Path(name).stem).exists()):
@@ -53,3 +53,11 @@ def _resolve(name: str, path_cell: str, data_h5_dir: Path, slide_dir: Path, slid
     if path_cell or named.exists():
         return slide_id, named
     return slide_id, slide_dir / f"{slide_id}{extension}"
+
+
+def _within(slide_dir: Path, text: str) -> Path:
+    """``slide_dir/text`` unless the text leads out of it; links in the folder are the user's own
+    and may lead anywhere."""
+    if Path(text).is_absolute() or ".." in Path(text).parts:
+        raise Refused(f"{text} would leave the folder {slide_dir}: give a path inside it")
+    return slide_dir / text

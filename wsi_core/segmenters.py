@@ -37,7 +37,7 @@ SEGMENTERS: Registry[Segmenter] = Registry("segmenter")
 
 # ---------------------------------------------------------------------------- otsu
 
-OTSU_LOWEST, OTSU_HIGHEST = 12.0, 36.0  # grey levels between the strongest and weakest channel
+OTSU_LOWEST, OTSU_HIGHEST = 12.0, 20.0  # grey levels between the strongest and weakest channel
 
 
 @SEGMENTERS.register("otsu")
@@ -80,7 +80,7 @@ def entropy(rgb: np.ndarray, *, mpp_um: float | None) -> np.ndarray:
     grey = _smoothed(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), 4.0, small_mpp)
     black = _black(small, small_mpp)
     levels = _grey_levels(float(_glass(small).mean()))[grey]
-    bits = _local_entropy(levels, min(15, max(5, _odd(ENTROPY_WINDOW_UM, small_mpp))))
+    bits = _local_entropy(levels, min(15, max(9, _odd(ENTROPY_WINDOW_UM, small_mpp))))
     bits[black] = 0
     as_bytes = np.minimum(bits * 50, 255).astype(np.uint8)
     cut, _ = cv2.threshold(as_bytes, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
@@ -88,9 +88,22 @@ def entropy(rgb: np.ndarray, *, mpp_um: float | None) -> np.ndarray:
     sure = _ramp(bits, cut, 0.75 * cut)
     sure = cv2.morphologyEx(sure, cv2.MORPH_CLOSE, _disk(64.0, small_mpp))
     sure = cv2.erode(sure, _disk(40.0, small_mpp))  # the window reaches beyond the tissue
+    sure = _without_even_holes(sure, (levels < levels.max()) & ~black)
     if small is not rgb:
         sure = cv2.resize(sure, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.asarray(sure)
+
+
+def _without_even_holes(sure: np.ndarray, shaded: np.ndarray) -> np.ndarray:
+    """Fills what tissue surrounds and is darker than glass: even tissue has no disorder."""
+    count, labels = cv2.connectedComponents((sure < 0.5).view(np.uint8), connectivity=4)
+    size = np.bincount(labels.ravel(), minlength=count)
+    share = np.bincount(labels.ravel(), shaded.ravel(), minlength=count) / np.maximum(size, 1)
+    fill = (share > 0.5).astype(np.float32)
+    for border in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        fill[border] = 0
+    fill[0] = 0
+    return np.asarray(np.maximum(sure, 0.75 * fill[labels]))
 
 
 def _grey_levels(glass: float) -> np.ndarray:
@@ -98,7 +111,7 @@ def _grey_levels(glass: float) -> np.ndarray:
     edges, width, edge = [], 7.0, glass - 5.0
     while edge > 0:
         edges.append(edge)
-        edge, width = edge - width, width * 1.2
+        edge, width = edge - width, width * 1.08
     return np.searchsorted(np.array(edges[::-1]), np.arange(256), side="right").astype(np.uint8)
 
 
@@ -142,7 +155,8 @@ def stain(rgb: np.ndarray, *, mpp_um: float | None) -> np.ndarray:
     evidence += texture / max(TEXTURE_FLOOR ** 2, _noise(texture[quiet]))
     sure = evidence / (1 + evidence)
     sure[_black(rgb, mpp)] = 0
-    sure = cv2.morphologyEx(sure, cv2.MORPH_CLOSE, _disk(72.0, mpp))
+    sure = cv2.morphologyEx(sure, cv2.MORPH_CLOSE, _disk(96.0, mpp))
+    sure = cv2.erode(sure, _disk(24.0, mpp))  # the windows reach beyond the tissue
     return _touching_seeds(sure, mpp)
 
 

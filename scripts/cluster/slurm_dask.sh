@@ -37,8 +37,10 @@ SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}  # of the workers, on each node's own disk
 cd "$MILWRIGHT"
 export PYTHONPATH=$PWD OMP_NUM_THREADS=1
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=1  # workers a slide may lose and be tried again
+export DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION=1.0  # none waits at a worker, to be lost with it
 
-$PYTHON -m dask scheduler --host "$HOST" --port "$PORT" --no-dashboard &
+$PYTHON -m dask scheduler --host "$HOST" --port "$PORT" --no-dashboard \
+  --dashboard-address :0 &
 scheduler=$!
 
 # Slides are done by children of the workers, so Dask has no memory of theirs to watch; SLURM does.

@@ -1,7 +1,9 @@
 """Kill a stage at every point where it touches a file, run it again: equal to an unbroken run.
 
 Each stage runs once in full with the fault points it passes written down; then once for every
-distinct point (first and last passage), killed there with SIGKILL, and once more to the end.
+distinct point (first and last passage, or every passage), killed there with SIGKILL, and once more
+to the end. Runs are forks of one process that has imported the script and done nothing else, as
+imports would take most of the time.
 """
 
 from __future__ import annotations
@@ -19,16 +21,44 @@ import pytest
 from tests.conftest import ROOT
 from tests.slides import tissue_image, write_pyramid
 from utils.storage import read_h5, save_torch
+from wsi_core.patch_lmdb_reader import PatchLmdbReader
 
-VOLATILE = ("report_", "events.out", "options.yaml", "process_list_autogen")
+VOLATILE = ("report_", "events.out", "options.yaml", "process_list_autogen", ".lmdb-lock")
+PATCHING = "wsi_core.patching wsi_core.deriving wsi_core.planning cv2 h5py pandas tqdm"
+EXTRACTION = f"{PATCHING} torch timm torchvision datasets.extraction models.encoders"
+TRAINING = "h5py pandas tqdm torch sklearn.metrics utils.folds utils.training_loop"
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> int:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
-    assert done.returncode in (0, -9), done.stderr[-2000:]
-    return done.returncode
+FORKING = """
+import importlib, os, sys
+
+script, *preload = sys.argv[1].split()
+main = importlib.import_module(script).main
+for name in preload:
+    importlib.import_module(name)
+from utils.errors import run_script
+
+for line in sys.stdin:  # a setting of the environment, or none
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(2, 1)  # stdout is for the answers
+        name, _, value = line.strip().partition("=")
+        if name:
+            os.environ[name] = value
+        os._exit(run_script(lambda: main(sys.argv[2:])))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def run(command: list[str]) -> None:
+    """Run a script to its good end."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -42,25 +72,55 @@ def contents(folder: Path) -> dict[str, str]:
             data = read_h5(path)
             arrays = sorted((key, array.tobytes()) for key, array in data.arrays.items())
             found[name] = f"{data.parameters} {arrays}"
+        elif path.suffix == ".lmdb":
+            found[name] = packed(path)
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def sweep(command: list[str], out: Path, tmp_path: Path) -> None:
-    """Run ``command`` (which writes into ``out``) unbroken, then broken at every site."""
-    log = tmp_path / "sites.txt"
-    assert run(command, {"MILWRIGHT_FAULT_LOG": str(log)}) == 0
-    unbroken = contents(out)
-    sites = log.read_text().split()
-    assert sites
-    for site in dict.fromkeys(sites):
-        for passage in sorted({1, sites.count(site)}):
-            shutil.rmtree(out)
-            run(command, {"MILWRIGHT_FAULT": f"{site}:kill:{passage}"})
-            assert run(command) == 0
-            assert contents(out) == unbroken, f"{site} passage {passage}"
-            assert not list(out.rglob("*.lock")), f"{site}: stray lock"
+def packed(path: Path) -> str:
+    """What a patch database holds; its pages lie in the order of their making."""
+    with PatchLmdbReader(path) as reader:
+        for slide_id in reader.slides():
+            reader.verify(slide_id)
+        return repr([(slide_id, reader.facts(slide_id), reader.coords(slide_id).tolist())
+                     for slide_id in reader.slides()])
+
+
+def sweep(command: list[str], out: Path, tmp_path: Path, *, preload: str = "",
+          every_passage: bool = False) -> None:
+    """Run ``command`` (which writes into ``out``) unbroken, then broken at every site.
+
+    preload: modules that the script imports late, imported once for all runs
+    """
+    script, *flags = command
+    log, said = tmp_path / "sites.txt", tmp_path / "said.txt"
+    with said.open("w") as stderr, subprocess.Popen(
+            [sys.executable, "-c", FORKING, f"{Path(script).stem} {preload}", *flags], cwd=ROOT,
+            text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            env={**environment(), "PYTHONPATH": str(ROOT)}) as server:
+        assert server.stdin is not None and server.stdout is not None
+
+        def fork(setting: str = "") -> int:
+            server.stdin.write(setting + "\n")
+            answer = server.stdout.readline().strip()
+            assert answer in ("0", "-9"), said.read_text()[-2000:]
+            return int(answer)
+
+        assert fork(f"MILWRIGHT_FAULT_LOG={log}") == 0
+        unbroken = contents(out)
+        sites = log.read_text().split()
+        assert sites
+        for site in dict.fromkeys(sites):
+            passages = range(1, sites.count(site) + 1)
+            for passage in passages if every_passage else sorted({1, passages[-1]}):
+                shutil.rmtree(out)
+                assert fork(f"MILWRIGHT_FAULT={site}:kill:{passage}") == -9
+                assert fork() == 0
+                assert contents(out) == unbroken, f"{site} passage {passage}"
+                stray = [*out.rglob("*.lock"), *out.rglob(".mw-tmp-*")]
+                assert not stray, f"{site} passage {passage}"
 
 
 @pytest.fixture
@@ -80,7 +140,15 @@ def test_patching(slides: Path, tmp_path: Path) -> None:
     """The coarse grid and a finer level in the folder beside it."""
     sweep([*patching(slides, tmp_path / "out" / "grid_level_1"), "--patch_level", "1",
            "--patch_size", "64", "--step_size", "64", "--child_levels", "0"],
-          tmp_path / "out", tmp_path)
+          tmp_path / "out", tmp_path, preload=PATCHING)
+
+
+def test_patching_with_everything_beside(slides: Path, tmp_path: Path) -> None:
+    """Physical scale, one lattice, outlines, overlay, pictures, database: every single write."""
+    sweep([*patching(slides, tmp_path / "out"), "--patch_mpp", "1", "--patch_size", "64",
+           "--lattice", "global", "--save_geojson", "--visualize", "grid", "--save_images", "jpeg",
+           "--max_images", "2", "--save_lmdb", "p"],
+          tmp_path / "out", tmp_path, preload=PATCHING, every_passage=True)
 
 
 def test_extraction(slides: Path, tmp_path: Path) -> None:
@@ -89,7 +157,7 @@ def test_extraction(slides: Path, tmp_path: Path) -> None:
                "--data_slide_dir", str(slides), "--slide_ext", ".tif",
                "--csv_path", str(tmp_path / "patches/process_list_autogen.csv"),
                "--feat_dir", str(tmp_path / "out"), "--model_name", "efficientnet_lite0"]
-    sweep(command, tmp_path / "out", tmp_path)
+    sweep(command, tmp_path / "out", tmp_path, preload=EXTRACTION)
 
 
 def test_training(tmp_path: Path) -> None:
@@ -112,4 +180,4 @@ def test_training(tmp_path: Path) -> None:
     command = ["main.py", *common, "--data_root_dir", str(tmp_path / "features"),
                "--embed_dim", "16", "--k", "1", "--split_dir", str(tmp_path / "sp"),
                "--results_dir", str(tmp_path / "out"), "--exp_code", "x", "--max_epochs", "2"]
-    sweep(command, tmp_path / "out", tmp_path)
+    sweep(command, tmp_path / "out", tmp_path, preload=TRAINING)

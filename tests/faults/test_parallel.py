@@ -207,5 +207,5 @@ def test_the_same_results_here_and_on_a_cluster(slide_folder: Path) -> None:
     assert "no such file" in str(alone["absent.tif"][1])
     assert found(workers=1) == alone and found(workers=4) == alone
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True,
-                                  dashboard_address=None) as cluster:
+                                  dashboard_address=":0") as cluster:
         assert found(workers=0, scheduler=cluster.scheduler_address) == alone

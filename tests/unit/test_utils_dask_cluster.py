@@ -28,8 +28,10 @@ def cluster() -> Iterator[Any]:
     """Two worker processes that are started again when they die."""
     import dask
 
-    with dask.config.set({"distributed.scheduler.allowed-failures": 1}), distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    settings = {"distributed.scheduler.allowed-failures": 1,
+                "distributed.scheduler.worker-saturation": 1.0}  # as scripts/cluster sets them
+    with dask.config.set(settings), distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
         yield cluster
 
 
@@ -195,7 +197,7 @@ def test_workers_that_are_absent_or_without_our_code_are_refused(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask_cluster, "WORKERS_S", 0.2)
     with distributed.LocalCluster(
-            n_workers=0, processes=True, dashboard_address=None) as empty:
+            n_workers=0, processes=True, dashboard_address=":0") as empty:
         address = str(empty.scheduler_address)
         with pytest.raises(Refused, match="has no workers: start some, with PYTHONPATH="):
             check_workers(address, [])
@@ -215,7 +217,7 @@ def test_workers_that_are_absent_or_without_our_code_are_refused(
 def test_a_scheduler_that_dies_ends_the_run_with_reasons(tmp_path: Path) -> None:
     """And hangs nowhere: what was under way and what was not begun fail in one line each."""
     script = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0",
-              "--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(tmp_path / "s.json")]
+              "--host", "127.0.0.1", "--dashboard-address", ":0", "--scheduler-file", str(tmp_path / "s.json")]
     scheduler = subprocess.Popen(script, stderr=subprocess.DEVNULL)
     while not (tmp_path / "s.json").exists():
         time.sleep(0.02)

@@ -189,3 +189,19 @@ def test_the_end_does_not_wait_for_a_long_copy(tmp_path: Path, slides: list[Path
     assert time.monotonic() - start < 2
     assert stage.fetch(slides[0]) == slides[0]
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_copy_that_hangs_holds_nobody_up_for_long(tmp_path: Path, slides: list[Path]) -> None:
+    """A pipe that nobody writes into is a read that hangs."""
+    hanging = tmp_path / "slow" / "hanging.svs"
+    os.mkfifo(hanging)
+    with Staging(tmp_path / "cache", [hanging, *slides], patience_s=0.2) as stage:
+        start = time.monotonic()
+        assert stage.fetch(hanging) == hanging
+        assert stage.fetch(slides[0]) == slides[0]  # at once: the disk is known to hang
+        assert 0.15 < time.monotonic() - start < 2
+        stage.release(slides[0])
+        with hanging.open("wb"):
+            pass  # it answers at last
+        assert eventually(lambda: "s1.svs" in copies(tmp_path / "cache"))
+        assert stage.fetch(slides[1]) != slides[1]
