@@ -5,14 +5,16 @@ worked out, its tissue segmented and its patches counted; nothing is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from utils.errors import ItemFailed
 from utils.parallel import run_items
 from utils.report import Row, RunReport, Status, outcome_row
 from utils.storage import free_bytes
 from wsi_core.find_tissue import MASK, Overviews, find_tissue
 from wsi_core.patching import PatchJob, PatchPlan, find_standing, pixel_size, place_patches
 from wsi_core.scale import plan_reading
-from wsi_core.slide import open_slide
+from wsi_core.slide import Slide, open_slide
 
 COLUMNS = ("size", "levels", "mpp", "read", "patches", "left")
 UNKNOWN = "?"
@@ -29,23 +31,36 @@ def survey_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
     ItemFailed, SlideError as the run itself would.
     """
     with open_slide(job.slide_path) as slide:
-        slide_mpp, note = pixel_size(slide, job, plan)
-        reading = plan_reading(slide, plan.scale, slide_mpp)
         width, height = slide.level_dimensions[0]
-        numbers = {
+        numbers: dict[str, Any] = {
             "size": f"{width}x{height}", "levels": len(slide.level_dimensions),
-            "mpp": f"{sum(slide_mpp) / 2:.4g}" if slide_mpp else UNKNOWN,
-            "read": f"{reading.read_px} px of level {reading.level}"
-                    + ("" if reading.read_px == reading.output_px else f" -> {reading.output_px}"),
-            "patches": UNKNOWN, "left": find_standing(job, plan).left.value}
-        if _waits_for_masks(job, plan):
-            return Row(item=job.listed_as, status=Status.DONE, reason=note, numbers=numbers)
+            "mpp": UNKNOWN, "read": "-", "patches": "-",
+            "left": find_standing(job, plan).left.value}
+        try:
+            note = _look(slide, job, plan, numbers)
+        except ItemFailed as error:
+            return Row(item=job.listed_as, status=Status.FAILED, reason=str(error),
+                       numbers=numbers)
+    empty = numbers["patches"] == 0
+    return Row(item=job.listed_as, status=Status.EMPTY if empty else Status.DONE,
+               reason=note or ("no patches" if empty else ""), numbers=numbers)
+
+
+def _look(slide: Slide, job: PatchJob, plan: PatchPlan, numbers: dict[str, Any]) -> str:
+    """Fill in ``numbers`` as far as the slide allows, and return what is to be noted."""
+    slide_mpp, note = pixel_size(slide, job, plan)
+    if slide_mpp is not None:
+        numbers["mpp"] = f"{sum(slide_mpp) / 2:.4g}"
+    reading = plan_reading(slide, plan.scale, slide_mpp)
+    numbers["read"] = f"{reading.read_px} px of level {reading.level}" + (
+        "" if reading.read_px == reading.output_px else f" -> {reading.output_px}")
+    numbers["patches"] = UNKNOWN
+    if not _waits_for_masks(job, plan):
         tissue = find_tissue(Overviews(slide), job.slide_id, job.parameters, plan.search,
                              slide_mpp=slide_mpp)
         patches = place_patches(slide, tissue, reading, slide_mpp, job, plan, by_pixels=False)
-    numbers["patches"] = len(patches)
-    return Row(item=job.listed_as, status=Status.DONE if len(patches) else Status.EMPTY,
-               reason=note or ("" if len(patches) else "no patches"), numbers=numbers)
+        numbers["patches"] = len(patches)
+    return note
 
 
 def _waits_for_masks(job: PatchJob, plan: PatchPlan) -> bool:
