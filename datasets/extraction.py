@@ -8,6 +8,7 @@ the slides it had in hand are then tried alone, and only one that kills its proc
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,8 +138,33 @@ def extract(shards: Sequence[Shard], extraction: Extraction, *, scheduler: str |
     """Encode all slides of all shards in child processes; one row a slide and encoder.
 
     scheduler: address of a Dask scheduler whose workers run the children.
+    Slides that another process had in hand are looked at again at the end: it may have died.
     Raises Refused when an encoder cannot be loaded (nothing has been done then).
     """
+    works = {work.name: (work, shard.device) for shard in shards for work in shard.works}
+    free: dict[str, list[Work]] = {}
+    held = []
+    for row in _extract(shards, extraction, scheduler):
+        if row.status is Status.BUSY:
+            held.append(row)
+        else:
+            yield row
+    for row in held:
+        work, device = works[row.item]
+        with claim(work.path) as mine:
+            is_free = bool(mine)
+        if not is_free:
+            yield row
+        elif not extraction.redo and _finished(work, extraction):
+            yield _row(work, Status.SKIPPED)
+        else:
+            free.setdefault(device, []).append(work)
+    again = [Shard(tuple(group), device) for device, group in free.items()]
+    yield from _extract(again, extraction, scheduler)
+
+
+def _extract(shards: Sequence[Shard], extraction: Extraction, scheduler: str | None
+             ) -> Iterator[Row]:
     waiting = list(shards)
     while waiting:
         batch, waiting = waiting, []
@@ -246,6 +272,10 @@ class _Child:
             finally:
                 for held in self._held.values():
                     held.locks.close()
+        for name, encoder in self._encoders.items():
+            if again := getattr(encoder, "overflowed", 0):
+                print(f"warning: {name or 'the encoder'}: {again} patches overflowed and were "
+                      "computed again in fp32", file=sys.stderr)
         return self._rows
 
     def _claimed(self) -> Iterator[SlidePatches]:

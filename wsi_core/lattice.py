@@ -15,7 +15,9 @@ from wsi_core.tissue import Tissue
 
 Pair = tuple[float, float]
 MASK_PIXELS = 4_000_000  # at most, of the raster that tissue is counted on
-CELL_PIXELS = 8  # of that raster, in the side of a cell: finer adds nothing that segmentation knew
+# Of that raster, in the side of a cell: as segmentation saw it (256 px of 0.5 um in pixels of 8 um).
+# Coarser ones count too much, every pixel whole that an outline touches: 3 % of a cell with 8.
+CELL_PIXELS = 16
 
 
 @dataclass(frozen=True)

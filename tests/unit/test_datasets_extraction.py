@@ -47,6 +47,7 @@ from tests.feature_inputs import (
 )
 from utils.errors import Refused, SlideError
 from utils.locks import claim, lock_path
+from utils.parallel import run_items
 from utils.report import Row, RunReport, Status
 from utils.storage import State, read_h5
 from wsi_core.coords import read_coords
@@ -189,6 +190,14 @@ def test_features_that_are_not_finite_are_not_written(inputs: Inputs, folder: Pa
     assert statuses(rows) == [Status.FAILED, Status.EMPTY, Status.FAILED]
     assert "not finite" in rows["slide_0"].reason
     assert [path.stem for path in folder.glob("h5_files/*.h5")] == ["slide_1"]
+
+
+def test_patches_that_overflowed_are_told(inputs: Inputs, folder: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = MeanColour()
+    encoder.overflowed = 3  # type: ignore[attr-defined]
+    run(works(inputs, folder), extraction(load=lambda device: encoder))
+    assert "3 patches overflowed and were computed again in fp32" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- levels
@@ -493,6 +502,31 @@ def test_cache_dir_is_read_instead_of_the_slides(
     assert equal(matrices(tmp_path / "f"), wanted)
     assert opened and all(cache in path.parents for path in opened)
     assert list(cache.iterdir()) == []
+
+
+def test_slides_in_other_hands_are_looked_at_again(inputs: Inputs, folder: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spec, defect 13. Held at first: one is free at the end, one was finished, one still held."""
+    todo = works(inputs, folder)
+    original, calls = datasets.extraction._extract, []
+
+    def first_time(shards: Any, settings: Any, scheduler: Any) -> Any:
+        calls.append([work.slide_id for shard in shards for work in shard.works])
+        if len(calls) == 1:
+            run(todo[1:2], extraction())
+            return iter([Row(item=work.name, status=Status.BUSY) for work in todo])
+        return original(shards, settings, scheduler)
+
+    monkeypatch.setattr(datasets.extraction, "_extract", first_time)
+    monkeypatch.setattr(datasets.extraction, "run_items", in_this_process)
+    with claim(todo[2].path):
+        rows = {row.item: row for row in extract([Shard(tuple(todo), "cpu")], extraction())}
+    assert statuses(rows) == [Status.DONE, Status.SKIPPED, Status.BUSY]
+    assert calls == [["slide_0", "slide_1", "slide_2"], ["slide_0"]]
+
+
+def in_this_process(work: Any, items: Any, *, arguments: Any, **settings: Any) -> Any:
+    return run_items(work, items, workers=0, arguments=arguments)
 
 
 def test_tasks_for_a_cluster(inputs: Inputs, folder: Path) -> None:

@@ -217,7 +217,8 @@ def test_workers_that_are_absent_or_without_our_code_are_refused(
 def test_a_scheduler_that_dies_ends_the_run_with_reasons(tmp_path: Path) -> None:
     """And hangs nowhere: what was under way and what was not begun fail in one line each."""
     script = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0",
-              "--host", "127.0.0.1", "--dashboard-address", ":0", "--scheduler-file", str(tmp_path / "s.json")]
+              "--host", "127.0.0.1", "--dashboard-address", ":0",
+              "--scheduler-file", str(tmp_path / "s.json")]
     scheduler = subprocess.Popen(script, stderr=subprocess.DEVNULL)
     while not (tmp_path / "s.json").exists():
         time.sleep(0.02)

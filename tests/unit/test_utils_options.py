@@ -93,3 +93,28 @@ def test_saved_options_come_back(tmp_path: Path) -> None:
     save_options(options, tmp_path / "o.yaml")
     again = read("--config", str(tmp_path / "o.yaml"))
     assert resolved(again) == resolved(options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tabled(Example):
+    table: bool = option(False, alone=True, help="print the table")
+    plugins: tuple[Path, ...] = option((), repeat=True, help="files")
+    models: tuple[str, ...] = option(("a", "b"), help="names")
+
+
+def test_a_switch_that_stands_alone_needs_nothing_else() -> None:
+    found = parse(Tabled, prog="x.py", description="x", argv=["--table"])
+    assert found.table and found.source is None
+    with pytest.raises(Refused, match="--source is required"):
+        parse(Tabled, prog="x.py", description="x", argv=["--plugins", "a.py"])
+
+
+def test_a_flag_given_again_adds_or_replaces(capsys: pytest.CaptureFixture[str]) -> None:
+    found = parse(Tabled, prog="x.py", description="x", argv=[
+        "--table", "--plugins", "a.py", "b.py", "--plugins", "c.py", "--models", "x", "--models",
+        "y"])
+    assert [str(path) for path in found.plugins] == ["a.py", "b.py", "c.py"]
+    assert list(found.models) == ["y"]
+    with pytest.raises(SystemExit):
+        parse(Tabled, prog="x.py", description="x", argv=["--help"])
+    assert "names (default: a b)" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""The global lattice against its definition, for any tissue, step and slide."""
+
+from __future__ import annotations
+
+from random import Random
+
+import cv2
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsi_core.lattice import CELL_PIXELS, TissueArea, global_lattice
+from wsi_core.tissue import Tissue
+
+Blob = tuple[int, int, int, int, int]  # of an ellipse: centre, half axes, angle in degrees
+SIDE = 600
+BLOBS = st.tuples(st.integers(0, SIDE - 1), st.integers(0, SIDE - 1), st.integers(20, 200),
+                  st.integers(20, 200), st.integers(0, 180))
+
+
+def outlined(blobs: list[Blob], holes: list[Blob]
+             ) -> tuple[np.ndarray, Tissue]:
+    """Ellipses with holes as a mask of level 0, and its outlines."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    for colour, ellipses in ((1, blobs), (0, holes)):
+        for x, y, a, b, angle in ellipses:
+            scale = 1 if colour else 3
+            cv2.ellipse(mask, (x, y), (a // scale, b // scale), angle, 0, 360, colour, -1)
+    found, tree = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    if tree is None:
+        return mask, Tissue()
+    points = [one.reshape(-1, 2) for one in found]
+    outer = [index for index, parent in enumerate(tree[0, :, 3]) if parent < 0]
+    return mask, Tissue([points[index] for index in outer],
+                        [[points[hole] for hole, parent in enumerate(tree[0, :, 3])
+                          if parent == index] for index in outer])
+
+
+@given(blobs=st.lists(BLOBS, max_size=4), holes=st.lists(BLOBS, max_size=2),
+       patch=st.floats(30, 200), step=st.floats(30, 200),
+       least=st.sampled_from((0.0, 0.1, 0.5, 0.9, 1.0)), pad=st.booleans(),
+       order=st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_lattice_is_its_definition(blobs: list[Blob], holes: list[Blob], patch: float, step: float,
+                                   least: float, pad: bool, order: Random) -> None:
+    mask, tissue = outlined(blobs, holes)
+
+    def lattice(of: Tissue) -> np.ndarray:
+        return global_lattice(of, patch_px_l0=(patch, patch), step_px_l0=(step, step),
+                              slide_size=(SIDE, SIDE), min_tissue=least, pad=pad)
+
+    cells = lattice(tissue)
+    chosen = set(map(tuple, cells.tolist()))
+    assert len(chosen) == len(cells)
+    begins = np.arange(SIDE // step + 1) * step
+    ticks = np.rint(begins).astype(int)
+    ticks = ticks[ticks < SIDE] if pad else ticks[
+        (ticks + round(patch) <= SIDE) & (begins + patch <= SIDE + 1e-6)]
+    candidates = {(int(x), int(y)) for x in ticks for y in ticks}
+    assert chosen <= candidates
+    # A raster pixel that an outline touches counts whole, so the share lies between that of the
+    # tissue and that of the tissue with a rim of less than such a pixel around it.
+    rim = int(np.ceil(patch / CELL_PIXELS)) + 1
+    wide = cv2.dilate(mask, np.ones((2 * rim + 1, 2 * rim + 1), np.uint8))
+    for cell in candidates:
+        if share(mask, cell, patch) >= max(least, 1e-6):
+            assert cell in chosen
+        if share(wide, cell, patch) < least or not share(wide, cell, patch):
+            assert cell not in chosen
+    pieces = list(zip(tissue.contours, tissue.holes, strict=True))
+    order.shuffle(pieces)
+    shuffled = Tissue([outline for outline, _ in pieces], [inner for _, inner in pieces])
+    assert np.array_equal(lattice(shuffled), cells)
+
+
+def share(mask: np.ndarray, cell: tuple[float, float], side: float) -> float:
+    """Of a square with a side of fractions, by counting parts of pixels."""
+    weights = [np.clip(np.minimum(np.arange(SIDE) + 1, first + side)
+                       - np.maximum(np.arange(SIDE), first), 0, 1) for first in cell]
+    return float(weights[1] @ mask @ weights[0]) / side**2
+
+
+@given(blobs=st.lists(BLOBS, min_size=1, max_size=3), holes=st.lists(BLOBS, max_size=2),
+       corners=st.lists(st.tuples(st.floats(-50, SIDE), st.floats(-50, SIDE)), min_size=1,
+                        max_size=20), side=st.floats(1, 15))
+@settings(max_examples=60, deadline=None)
+def test_shares_are_exact_on_a_raster_of_the_masks_own_pixels(
+        blobs: list[Blob], holes: list[Blob],
+        corners: list[tuple[float, float]], side: float) -> None:
+    mask, tissue = outlined(blobs, holes)
+    area = TissueArea.of(tissue, slide_size=(SIDE, SIDE), cell_px_l0=(side, side))
+    assert area.downsample == (1.0, 1.0)
+    found = area.fraction(np.array(corners), (side, side))
+    expected = [share(mask, corner, side) for corner in corners]
+    assert np.allclose(found, expected, atol=1e-9)
