@@ -15,9 +15,10 @@ from wsi_core.tissue import Tissue
 
 Pair = tuple[float, float]
 MASK_PIXELS = 4_000_000  # at most, of the raster that tissue is counted on
-# Of that raster, in the side of a cell: as segmentation saw it (256 px of 0.5 um in pixels of 8 um).
+# Of that raster, in the side of a cell: as segmentation saw it (256 px of 0.5 um, at 8 um each).
 # Coarser ones count too much, every pixel whole that an outline touches: 3 % of a cell with 8.
 CELL_PIXELS = 16
+ROUNDING_PX = 1e-6  # of area, what sums of millions of pixels may leave where there is no tissue
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class TissueArea:
         end = np.clip(end, 0, (width, height))
         area = (self._sum(end[:, 0], end[:, 1]) - self._sum(begin[:, 0], end[:, 1])
                 - self._sum(end[:, 0], begin[:, 1]) + self._sum(begin[:, 0], begin[:, 1]))
+        area[area < ROUNDING_PX] = 0.0
         cell = np.prod(sides / self.downsample)
         return np.asarray(np.clip(area / cell, 0.0, 1.0))
 

@@ -98,13 +98,14 @@ def sweep(command: list[str], out: Path, tmp_path: Path, *, preload: str = "",
     log, said = tmp_path / "sites.txt", tmp_path / "said.txt"
     with said.open("w") as stderr, subprocess.Popen(
             [sys.executable, "-c", FORKING, f"{Path(script).stem} {preload}", *flags], cwd=ROOT,
-            text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             env={**environment(), "PYTHONPATH": str(ROOT)}) as server:
-        assert server.stdin is not None and server.stdout is not None
+        to, back = server.stdin, server.stdout
+        assert to is not None and back is not None
 
         def fork(setting: str = "") -> int:
-            server.stdin.write(setting + "\n")
-            answer = server.stdout.readline().strip()
+            print(setting, file=to, flush=True)
+            answer = back.readline().strip()
             assert answer in ("0", "-9"), said.read_text()[-2000:]
             return int(answer)
 

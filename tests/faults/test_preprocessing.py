@@ -473,7 +473,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_b10_padding_is_white(full: Path, out: Path) -> None:
     run(full, out, "--min_area_um2", 500, "--white_padding", "--save_images", "png")
-    border = cv2.imread(str(out / "images/110x110/110x110_x0_y0.png"))
+    border = np.asarray(cv2.imread(str(out / "images/110x110/110x110_x0_y0.png")))
     assert border.shape == (64, 64, 3)
     assert (border[59:] > 250).all() and (border[:, 59:] > 250).all()  # the slide ends at 55
     assert (border[:51, :51] < 200).all()
@@ -559,8 +559,7 @@ def test_b16_a_slide_replaced_while_it_is_read_fails_and_writes_nothing(
 def test_b16_a_slide_replaced_while_it_is_packed(
         source: Path, out: Path, unbroken: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     import wsi_core.patch_lmdb as patch_lmdb
-
-    keep = patch_lmdb.keep_by_pixels
+    from wsi_core.patch_images import keep_by_pixels as keep
 
     def meddle(slide: Any, *rest: Any, **more: Any) -> np.ndarray:
         if slide.path.name == "a.tif":
