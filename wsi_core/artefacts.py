@@ -30,14 +30,14 @@ SURE_INK: dict[str, tuple[Band, ...]] = {
     "green": (((35, 60, 25), (92, 255, 240)),),
     "blue": (((92, 110, 40), (106, 255, 255)), ((106, 155, 40), (119, 255, 255))),
     "red": (((173, 185, 110), (179, 255, 255)), ((0, 185, 110), (6, 255, 255))),
-    "black": (((0, 0, 0), (179, 255, 45)), ((0, 0, 0), (179, 105, 70)))}
+    "black": (((0, 0, 0), (179, 255, 45)), ((30, 0, 0), (179, 150, 70)))}  # not brown: dense DAB
 LIKELY_INK: dict[str, tuple[Band, ...]] = {
     "green": (((33, 25, 0), (100, 255, 255)),),
-    "blue": (((90, 60, 0), (122, 255, 255)),),
+    "blue": (((90, 60, 0), (122, 255, 255)), ((122, 150, 0), (128, 255, 255))),
     "red": (((168, 130, 60), (179, 255, 255)), ((0, 130, 60), (10, 255, 255))),
     "black": (((0, 0, 0), (179, 100, 125)),)}
 SPECK_UM = {"green": 24.0, "blue": 24.0, "red": 96.0, "black": 56.0}  # finer: blood, pigment
-REACH_UM = 1000.0  # of a stroke's thin parts, from where it is surely ink
+REACH_UM = 2000.0  # of a stroke's thin parts, from where it is surely ink
 
 GREY_DENSITY, GREY_SHARE = 0.12, 0.16  # darker than glass; colour as a share of that darkness
 

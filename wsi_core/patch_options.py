@@ -73,8 +73,8 @@ class TissueOptions:
         "clam", help="clam: by the preset; otsu, entropy, stain: classical, at 8 um; mask: the "
         "files of --mask_dir; sam2, network: learned, of --seg_ckpt")
     seg_mpp: float | None = option(None, low=0.1, high=100, help="um per pixel of the image that "
-                                   "is segmented (default: 8, or the network's own; clam: seg_level of the "
-                                   "preset)")
+                                   "is segmented (default: 8, or the network's own; clam: the "
+                                   "preset's seg_level)")
     seg_ckpt: Path | None = option(None, help="weights of sam2, or folder of a network made by "
                                    "scripts/train_tissue_network.py")
     seg_thresh: float | None = option(None, low=0, high=1, help="how sure the segmenter must be "

@@ -16,10 +16,10 @@ INKS = {"green": (20, 110, 40), "pale green": (120, 190, 150), "teal": (30, 120,
         "blue": (30, 50, 160), "bright blue": (60, 120, 220), "red": (200, 20, 30),
         "black": (25, 22, 28)}
 # what haematoxylin, eosin and DAB look like at 8 um per px
-STAINS = {"H&E": (170, 90, 160), "haematoxylin": (110, 115, 165), "dark haematoxylin": (75, 65, 135),
-          "lymph node": (105, 75, 160), "eosin": (225, 120, 165), "blood": (190, 70, 90),
-          "DAB": (140, 90, 60), "dark DAB": (95, 60, 40), "fold": (85, 40, 95)}
-REAL = [("rat_kidney_he.jpg", 10.0), ("he_two_pieces.jpg", 12.0), ("tma_spots.jpg", 30.0)]
+STAINS = {"H&E": (170, 90, 160), "haematoxylin": (110, 115, 165),
+          "dark haematoxylin": (75, 65, 135), "lymph node": (105, 75, 160), "eosin": (225, 120, 165), "blood": (190, 70, 90), "DAB": (140, 90, 60),
+          "dark DAB": (95, 60, 40), "dense DAB": (60, 42, 30), "fold": (85, 40, 95)}
+REAL = [("rat_kidney_he.jpg", 10.0), ("he_two_pieces.jpg", 12.0), ("tma_spots.jpg", 10.0)]
 
 
 def draw_stroke(rgb: np.ndarray, colour: tuple[int, int, int], *, width_px: int = 30,
@@ -69,11 +69,14 @@ def test_a_stroke_is_taken_off_and_the_tissue_stays(ink: str) -> None:
 def test_thin_ink_that_tissue_shines_through(ink: str) -> None:
     """Where the pen lifts, a stroke is pale; it goes with the part that is surely ink."""
     image = tissue_image(1024, 1024, seed=3)
-    rgb, stroke = draw_stroke(image, INKS[ink], opacity=0.75)
-    dense, _ = draw_stroke(image, INKS[ink])
-    rgb[:400] = dense[:400]
+    light = np.power(np.array(INKS[ink]) / 255, 0.6)  # what a thin film of it lets through
+    thin = (image * light).astype(np.uint8)
+    inked, stroke = draw_stroke(image, INKS[ink])
+    rgb = np.where(stroke[..., None], thin, image)
+    rgb = np.where((np.arange(1024) // 100 % 2 == 0)[None, :, None], inked, rgb)
     found = reject_pen(rgb, mpp_um=8.0)
-    assert found[stroke].mean() > 0.8 and found[~near(stroke)].mean() < 0.01
+    assert found[stroke].mean() > 0.85 and found[~near(stroke)].mean() < 0.01
+    assert reject_pen(inked, mpp_um=8.0)[stroke].mean() > 0.95
 
 
 @pytest.mark.parametrize("stain", STAINS)
@@ -102,7 +105,7 @@ def test_real_pens(shared: Path) -> None:
     """A thumbnail full of green, red and black strokes, and a field with a thick red one."""
     found = reject_pen(real(shared, "diagnostic_thumb.png"), mpp_um=40.0)
     assert 0.2 < found.mean() < 0.35
-    assert found[435:460, 120:200].mean() > 0.8, "green, below the tissue"
+    assert found[480:495, 80:110].mean() > 0.9, "green, below the tissue"
     assert found[250:300, 300:340].mean() < 0.2, "tissue"
     found = reject_pen(real(shared, "tcga_red_pen.png"), mpp_um=4.0)
     assert found[150:300, 30:120].mean() > 0.95 and found[100:, 300:].mean() < 0.01

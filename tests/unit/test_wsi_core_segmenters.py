@@ -58,7 +58,7 @@ def test_tissue_is_found_to_the_pixel(name: str, mpp_um: float | None, image: np
     before = image.copy()
     sure = SEGMENTERS.get(name)(image, mpp_um=mpp_um)
     assert sure.shape == image.shape[:2] and sure.dtype == np.float32
-    assert 0 <= sure.min() and sure.max() <= 1
+    assert sure.min() >= 0 and sure.max() <= 1
     assert overlap(sure >= 0.5, truth(image)) > 0.97
     assert np.array_equal(sure, SEGMENTERS.get(name)(image, mpp_um=mpp_um)), "deterministic"
     assert np.array_equal(image, before)
@@ -117,8 +117,7 @@ def test_black_borders_and_unscanned_white_are_no_tissue(name: str, image: np.nd
 
 @pytest.mark.parametrize("name", ["otsu", "stain"])
 def test_a_field_full_of_tissue_is_all_tissue(name: str) -> None:
-    grain = np.random.default_rng(0).integers(0, 60, (100, 100, 3), dtype=np.uint8)
-    grain = cv2.resize(grain, (400, 400), interpolation=cv2.INTER_CUBIC)
+    grain = np.random.default_rng(0).integers(0, 60, (100, 100, 3)).repeat(4, 0).repeat(4, 1)
     assert segment(name, (np.array([170, 90, 160]) + grain).astype(np.uint8)).mean() > 0.99
 
 
@@ -187,7 +186,7 @@ def test_glass_is_the_brightest_common_grey(image: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("file", "mpp_um", "least", "most"), [
     ("rat_kidney_he.jpg", 10.0, 0.60, 0.69), ("he_two_pieces.jpg", 12.0, 0.39, 0.46),
-    ("tma_spots.jpg", 30.0, 0.02, 0.09)])
+    ("tma_spots.jpg", 10.0, 0.07, 0.11)])
 def test_real_overviews(file: str, mpp_um: float, least: float, most: float, shared: Path) -> None:
     """Shares of tissue that drawing by hand allows; three ways of looking agree about it."""
     bgr = cv2.imread(str(shared / "data/overviews" / file))

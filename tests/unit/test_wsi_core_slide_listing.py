@@ -39,7 +39,7 @@ def test_a_folder_lists_its_files_in_order_and_leaves_hidden_ones(tree: Path) ->
 
 def test_sub_folders_by_name_or_by_path(tree: Path) -> None:
     """A19: two slides of one name are refused, or told apart by their folders."""
-    with pytest.raises(Refused, match=r"a\.svs and .*one/a\.svs have the same name.*--id_from_path"):
+    with pytest.raises(Refused, match=r"one/a\.svs have the same name.*--id_from_path"):
         list_slides(tree, recursive=True)
     assert list_slides(tree, recursive=True, id_from_path=True) == {
         "a.svs": "a.svs", "b.svs": "b.svs", "one__a.svs": "one/a.svs", "two__c.tif": "two/c.tif"}
