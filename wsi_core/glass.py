@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 USUAL_MPP_UM = 8.0  # of an overview whose scale is unknown
-BLACK = 50  # brightest channel of what was not scanned or lies behind the slide's edge
+BLACK = 40  # brightest channel of what was not scanned or lies behind the slide's edge
 DEFAULT_GLASS = 243.0  # where an image shows no glass
 GLASS_DARKEST, GLASS_COLOUR = 120, 24  # weakest channel, and how far it is from the strongest
 FILLED = 254  # from here on white may be what the scanner's file puts where it did not scan

@@ -77,7 +77,7 @@ def draw_mask_overlay(rgb: np.ndarray, downsample: Pair, tissue: Tissue, *,
 
 def draw_grid(rgb: np.ndarray, downsample: Pair, patches: PatchCoords, *,
               longest_px: int = LONGEST_PX) -> np.ndarray:
-    """A black rectangle a patch, and a box of text that says what the grid is."""
+    """A black rectangle a patch, and below the slide lines of text that say what the grid is."""
     import cv2
 
     canvas, scale = shrink(rgb, downsample, longest_px=longest_px)
@@ -86,12 +86,11 @@ def draw_grid(rgb: np.ndarray, downsample: Pair, patches: PatchCoords, *,
     corners = np.stack([first, np.stack([last[:, 0], first[:, 1]], axis=1), last,
                         np.stack([first[:, 0], last[:, 1]], axis=1)], axis=1)
     cv2.polylines(canvas, list(corners), True, GRID_COLOUR, 1)
-    _write_box(canvas, grid_facts(patches))
-    return canvas
+    return np.concatenate([canvas, _text_strip(canvas.shape[1], grid_facts(patches))])
 
 
 def grid_facts(patches: PatchCoords) -> list[str]:
-    """What the box says: number of patches, sizes, step and scale, a line each."""
+    """What the text says: number of patches, sizes, step and scale, a line each."""
     def times(pair: tuple[int, int]) -> str:
         return f"{pair[0]} x {pair[1]} px"
 
@@ -109,19 +108,18 @@ def _pixels(points_l0: np.ndarray, downsample: Pair) -> np.ndarray:
     return np.asarray(np.floor(pixels), np.int32)
 
 
-def _write_box(canvas: np.ndarray, lines: list[str]) -> None:
-    """Black text in a white box at the upper left, at most half as wide as the picture."""
+def _text_strip(width: int, lines: list[str]) -> np.ndarray:
+    """(h, width, 3) uint8: black text on white, at most half as wide as the picture."""
     import cv2
 
     font = cv2.FONT_HERSHEY_SIMPLEX
     sizes = [cv2.getTextSize(line, font, 1.0, 1)[0] for line in lines]
     widest, tallest = max(w for w, _ in sizes), max(h for _, h in sizes)
-    letters = min(0.5, canvas.shape[1] / 2 / widest)
+    letters = min(0.5, width / 2 / widest)
     line_px = max(1, round(1.7 * tallest * letters))
     pad = max(1, line_px // 3)
-    box = canvas[:line_px * len(lines) + 2 * pad, :round(widest * letters) + 2 * pad]
-    box[:] = 255
-    cv2.rectangle(box, (0, 0), (box.shape[1] - 1, box.shape[0] - 1), GRID_COLOUR, 1)
+    strip = np.full((line_px * len(lines) + 2 * pad, width, 3), 255, np.uint8)
     for number, line in enumerate(lines):
-        cv2.putText(canvas, line, (pad, pad + line_px * (number + 1) - line_px // 4), font,
+        cv2.putText(strip, line, (pad, pad + line_px * (number + 1) - line_px // 4), font,
                     letters, GRID_COLOUR, 1, cv2.LINE_AA)
+    return strip

@@ -89,8 +89,8 @@ def test_nothing_but_the_store_writes_results() -> None:
             continue
         text = path.read_text(encoding="utf-8")
         for pattern in (r"\.to_csv\([^)]*path", r"h5py\.File\((?!image,)[^)]*[\"'][wa]",
-                        r"cv2\.imwrite\(", r"torch\.save\((?!.*buffer)", r"np\.save", r"\.write_text\(",
-                        r"open\([^)]*[\"']w"):
+                        r"cv2\.imwrite\(", r"torch\.save\((?!.*buffer)", r"np\.save",
+                        r"\.write_text\(", r"open\([^)]*[\"']w"):
             assert not re.search(pattern, text), f"{path.name}: {pattern}"
 
 
