@@ -75,7 +75,7 @@ FILLED = 191  # sureness of an even hole, as a share of 255
 
 @SEGMENTERS.register("entropy")
 def entropy(rgb: np.ndarray, *, mpp_um: float | None) -> np.ndarray:
-    """Local entropy of the grey levels, cut at the valley of its histogram.
+    """Local entropy of the grey levels, cut by Otsu's method within bounds.
 
     The levels are narrow near the slide's glass and wider towards the dark, and the glass lies
     in the middle of one of them, so that its noise does not count as disorder.
@@ -153,8 +153,7 @@ def stain(rgb: np.ndarray, *, mpp_um: float | None) -> np.ndarray:
     quiet &= _sample(colour) < QUIET
     colour_floor = _floor(COLOUR_FLOOR, _sample(colour)[quiet])
     texture_floor = _floor(TEXTURE_FLOOR ** 2, _sample(texture)[quiet])
-    around = smoothed(np.minimum(colour, 3 * colour_floor), 14.0, mpp)
-    evidence = (np.maximum(colour, around) / colour_floor) ** 2 + texture / texture_floor
+    evidence = (colour / colour_floor) ** 2 + texture / texture_floor
     sure = _as_bytes(evidence / (1 + evidence))
     sure = closed(sure, 72.0, mpp)
     sure[black_areas(small, mpp)] = 0

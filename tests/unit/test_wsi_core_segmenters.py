@@ -11,7 +11,7 @@ import pytest
 
 from tests.slides import tissue_image
 from utils.errors import Refused
-from wsi_core.glass import glass_colour
+from wsi_core.glass import closed, glass_colour
 from wsi_core.segmenters import SEGMENTERS
 
 NAMES = ("entropy", "otsu", "stain")
@@ -79,16 +79,16 @@ def test_faint_stain_on_any_glass(name: str, strength: float, glass: tuple[int, 
 
 
 def test_our_best_sees_fainter_stain_than_otsu(image: np.ndarray) -> None:
-    """A third of what haematoxylin leaves in a pale IHC slide."""
-    faint = paled(image, 0.1, (243, 243, 243))
+    """Stain of an eighth of the usual strength: the tissue is 10 grey levels below the glass."""
+    faint = paled(image, 0.12, (243, 243, 243))
     assert overlap(segment("stain", faint), truth(image)) > 0.9
     assert overlap(segment("otsu", faint), truth(image)) < 0.5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "noise"), [
+    *((name, noise) for name in NAMES for noise in (0, 2, 5)), ("stain", 8)])
 @pytest.mark.parametrize("colour", [(243, 243, 243), (255, 255, 255), (215, 213, 218),
                                     (240, 232, 200), (0, 0, 0), (14, 12, 15)])
-@pytest.mark.parametrize("noise", [0, 2, 5])
 def test_a_blank_slide_is_empty(name: str, colour: tuple[int, int, int], noise: float) -> None:
     shot = np.random.default_rng(0).normal(0, noise, (300, 400, 3))
     blank = np.clip(np.array(colour) + shot, 0, 255).astype(np.uint8)
@@ -180,6 +180,13 @@ def test_glass_is_the_brightest_common_grey(image: np.ndarray) -> None:
     pale[:, :10] = 255  # filled by the scanner's file
     assert np.allclose(glass_colour(pale), (241, 240, 242), atol=1)
     assert np.allclose(glass_colour(np.full((9, 9, 3), 255, np.uint8)), 255)
+
+
+def test_a_gap_at_the_border_is_no_gap() -> None:
+    mask = np.zeros((60, 60), np.uint8)
+    mask[10:50, 3:20] = mask[10:50, 25:40] = 255
+    filled = closed(mask, 72.0, 8.0)
+    assert (filled[16:44, 20:25] == 255).all() and not filled[:, :3].any()
 
 
 # ---------------------------------------------------------------------------- real overviews
