@@ -3,7 +3,7 @@
 Child processes of a test read the variable, so faults need no monkey-patching. Actions: ``kill``
 (SIGKILL to ourselves), ``enospc`` (no space left), ``eio`` (input/output error), ``sleep``.
 Unset, a fault point costs one dictionary look-up. ``MILWRIGHT_FAULT_LOG=file`` writes down the
-sites passed, so a sweep can kill at each of them in turn.
+sites passed and by which process, so a sweep can kill at each of them in turn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def fault_point(site: str) -> None:
     log = os.environ.get("MILWRIGHT_FAULT_LOG")
     if log:
         with open(log, "a", encoding="utf-8") as file:
-            file.write(site + "\n")
+            file.write(f"{site} {os.getpid()}\n")
     wanted = os.environ.get("MILWRIGHT_FAULT")
     if not wanted:
         return

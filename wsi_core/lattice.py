@@ -99,7 +99,7 @@ def global_lattice(
     """
     axes = []
     for axis in (0, 1):
-        room = slide_size[axis] - (1 if pad else patch_px_l0[axis])
+        room = slide_size[axis] - (0 if pad else patch_px_l0[axis])
         count = int(np.floor(room / step_px_l0[axis] + 1e-9)) + 1 if room >= 0 else 0
         ticks = np.rint(np.arange(count) * step_px_l0[axis]).astype(np.int64)
         fits = ticks < slide_size[axis] if pad else (

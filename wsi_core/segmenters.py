@@ -131,10 +131,12 @@ def _local_entropy(levels: np.ndarray, window: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------- stain
 
-COLOUR_FLOOR, TEXTURE_FLOOR = 0.030, 0.040  # optical density; the slide's noise may raise them
+COLOUR_FLOOR, TEXTURE_FLOOR = 0.026, 0.040  # optical density; the slide's noise may raise them
 PLENTY = 0.12  # optical density that no glass has
 QUIET = 0.05  # optical density, and colour of it, that may be the noise of glass
 SAMPLE = 100_000  # pixels are enough to know that noise
+FRINGE_COLOUR, FRINGE_UM = 0.040, 64.0  # less colour than that, thinner than that: no tissue
+HALF = 128  # a sureness of 0.5, as a share of 255
 SEED, WEAK = 140, 76  # sureness of 0.55 and 0.3, as shares of 255
 
 
@@ -158,7 +160,25 @@ def stain(rgb: np.ndarray, *, mpp_um: float | None) -> np.ndarray:
     sure = closed(sure, 72.0, mpp)
     sure[black_areas(small, mpp)] = 0
     sure = cv2.erode(sure, disk(24.0, mpp))  # the windows reach beyond the tissue
-    return _as_share(_touching_seeds(sure, mpp), rgb)
+    sure = _touching_seeds(sure, mpp)
+    sure[_fringe(colour, sure >= HALF, mpp)] = HALF - 1
+    return _as_share(sure, rgb)
+
+
+def _fringe(colour: np.ndarray, found: np.ndarray, mpp: float) -> np.ndarray:
+    """(h, w) bool: glass along the tissue's edge that the windows and the closing took in.
+
+    Colourless, in a strip thinner than ``FRINGE_UM``, and not enclosed by coloured pixels.
+    """
+    pale = colour <= FRINGE_COLOUR
+    gap = found & pale
+    thick = cv2.morphologyEx(gap.view(np.uint8), cv2.MORPH_OPEN, disk(FRINGE_UM, mpp))
+    gap &= thick == 0
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(pale.view(np.uint8), connectivity=4)
+    where = labels[gap]
+    inside = np.bincount(labels[found & pale], minlength=count)
+    gap[gap] = inside[where] <= 0.5 * stats[where, cv2.CC_STAT_AREA]
+    return np.asarray(gap)
 
 
 def _variance(image: np.ndarray, window_um: float, mpp: float) -> np.ndarray:

@@ -203,3 +203,12 @@ def test_real_overviews(file: str, mpp_um: float, least: float, most: float, sha
     assert least < found["stain"].mean() < most
     assert overlap(found["stain"], found["entropy"]) > 0.6
     assert overlap(found["stain"], found["otsu"]) > 0.6
+
+
+def test_a_cleft_that_opens_to_the_glass_stays_open() -> None:
+    """48 um wide, so the closing bridges it; colourless, so it is given back."""
+    slabs = np.full((300, 300, 3), GLASS, np.uint8)
+    slabs[50:250, 60:140] = slabs[50:250, 146:240] = (200, 120, 170)
+    found = segment("stain", slabs)
+    assert found[60:240, 70:130].all() and found[60:240, 156:230].all()
+    assert not found[60:240, 142:144].any()
