@@ -262,7 +262,7 @@ def test_b15_bombs_are_refused_before_decoding(side: int, slide_folder: Path, tm
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     found = rows_of(tmp_path / "out/report_patches.csv", "item")
     assert found["good.tif"]["status"] == "done" and found["bomb.tif"]["status"] == "failed"
-    assert re.search("announces|cannot open|does not know", found["bomb.tif"]["reason"])
+    assert re.search("announces|can open as a whole|cannot open", found["bomb.tif"]["reason"])
 
 
 # ---------------------------------------------------------------------------- locks (A11)
@@ -293,7 +293,7 @@ def test_a11_whose_lock_it_is_decides(owner: str, status: str, slide_folder: Pat
     assert done.returncode == 0, done.stderr
     row = rows_of(tmp_path / "out/report_patches.csv", "item")["a.tif"]
     assert row["status"] == status
-    assert ("busy  a.tif: another process" in done.stdout) == (status == "busy")
+    assert ("busy  a.tif: process " in done.stdout) == (status == "busy")
     assert lock.exists() == (status == "busy")
     assert (tmp_path / "out/patches/a.h5").exists() == (status == "done")
 
