@@ -57,12 +57,13 @@ def test_lattice_is_its_definition(blobs: list[Blob], holes: list[Blob], patch: 
     ticks = ticks[ticks < SIDE] if pad else ticks[
         (ticks + round(patch) <= SIDE) & (begins + patch <= SIDE + 1e-6)]
     assert chosen <= {(int(x), int(y)) for x in ticks for y in ticks}
-    # A raster pixel that an outline touches counts whole, so the share lies between that of the
-    # tissue and that of the tissue with a rim of less than such a pixel around it.
+    # The raster knows an outline to its own pixels: the share lies between that of the tissue
+    # without a rim of such a pixel and that of the tissue with one more.
     rim = int(np.ceil(patch / CELL_PIXELS)) + 1
-    wide = cv2.dilate(mask, np.ones((2 * rim + 1, 2 * rim + 1), np.uint8))
+    kernel = np.ones((2 * rim + 1, 2 * rim + 1), np.uint8)
     limit = max(least - 1e-9, 1e-6)
-    must, may = (shares(of, ticks, ticks, patch) >= limit for of in (mask, wide))
+    must, may = (shares(of, ticks, ticks, patch) >= limit
+                 for of in (cv2.erode(mask, kernel), cv2.dilate(mask, kernel)))
     taken = np.array([[(x, y) in chosen for x in ticks.tolist()] for y in ticks.tolist()], bool)
     taken = taken.reshape(may.shape)  # also where there is no cell
     assert not (must & ~taken).any() and not (taken & ~may).any()

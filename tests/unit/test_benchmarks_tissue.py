@@ -17,11 +17,15 @@ from benchmarks.tissue import (
     TISSUE,
     TRUTH,
     Way,
+    agreement,
+    at_scale,
     filtered,
     left_out,
     load_case,
     scores,
+    ways,
 )
+from tests.tissue_models import SIDE, save_tiny_sam2
 
 PLAIN = Way(name="plain", sureness=lambda rgb, mpp_um: rgb[:, :, 0] / 255)
 
@@ -33,6 +37,17 @@ def test_every_image_has_its_mask_of_known_labels() -> None:
         assert drawn is not None and drawn.ndim == 2, name
         labels = set(np.unique(drawn).tolist())
         assert labels <= {GLASS, INK, DOUBTFUL, INK_ON_TISSUE, TISSUE} and TISSUE in labels, name
+
+
+def test_the_second_drawing_fits_the_first() -> None:
+    again = sorted((TRUTH / "second").glob("*.png"))
+    assert {path.stem for path in again} == set(IMAGES) - {"cmu_1_macro"}
+    for path in again:
+        first, second = (cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+                         for file in (TRUTH / path.name, path))
+        assert first is not None and second is not None
+        assert first.shape == second.shape, path.stem
+        assert (first != second).any() and agreement(first, second)[0] > 0.9, path.stem
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -71,3 +86,34 @@ def test_left_out_takes_the_best_cut_of_the_others() -> None:
     # images 0, 1, 2 are cut at the second, first, first cut: 0.0, 0.9 and 0.2
     assert left_out([[1.0, 0.0], [0.9, 0.5], [0.2, 0.8]]) == "0.367"
     assert left_out([[], []]) == "-"
+
+
+def test_agreement_counts_what_both_are_sure_of() -> None:
+    first = np.array([[TISSUE, TISSUE, TISSUE, GLASS, TISSUE]], np.uint8)
+    second = np.array([[TISSUE, GLASS, DOUBTFUL, INK, INK_ON_TISSUE]], np.uint8)
+    assert agreement(first, second) == pytest.approx((2 / 3, 2 / 4))
+    assert agreement(first, first) == (1.0, 0.0)
+
+
+def test_a_known_finer_image_is_segmented_at_the_scale_asked_for() -> None:
+    seen = []
+
+    def note(rgb: np.ndarray, mpp_um: float | None) -> np.ndarray:
+        seen.append((rgb.shape, mpp_um))
+        return (rgb[:, :, 0] / 255).astype(np.float32)
+
+    rgb = np.zeros((40, 80, 3), np.uint8)
+    rgb[:, 40:] = 255
+    for mpp_um in (2.0, 16.0, None):  # finer, coarser, unknown
+        found = at_scale(note, 8.0)(rgb, mpp_um)
+        assert found.shape == (40, 80) and (found == rgb[:, :, 0] / 255).all()
+    assert seen == [((10, 20, 3), 8.0), ((40, 80, 3), 16.0), ((40, 80, 3), None)]
+
+
+def test_sam2_is_scored_when_its_weights_are_given(tmp_path: Path) -> None:
+    save_tiny_sam2(tmp_path)
+    plain = {way.name for way in ways()}
+    found = {way.name: way for way in ways(tmp_path)}
+    assert set(found) - plain == {"sam2", "sam2 - pen", "sam2 - pen, artefacts"}
+    sure = found["sam2"].sureness(np.full((SIDE, 2 * SIDE, 3), 200, np.uint8), None)
+    assert sure.shape == (SIDE, 2 * SIDE) and 0 <= sure.min() <= sure.max() <= 1
