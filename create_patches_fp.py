@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     packing = pack_plan(options, options.save_dir)
     defaults = load_defaults(options.preset)
     listing = load_listing(options.source, options.save_dir, options.process_list, defaults,
-                           recursive=options.recursive, id_from_path=options.id_from_path)
+                           recursive=options.recursive, id_from_path=options.id_from_path,
+                           endings=options.slide_ext)
     sizes = load_sizes(options.mpp_csv, listing)
     predictor = load_predictor(options)
     plan = patch_plan(

@@ -118,6 +118,8 @@ class RunOptions:
     """How the work is spread out."""
 
     recursive: bool = option(False, help="look for slides in sub-folders as well")
+    slide_ext: tuple[str, ...] = option((), help="only files with these endings, e.g. .svs .ndpi "
+                                        "(not with --process_list)")
     id_from_path: bool = option(False, help="with --recursive: slides are called folder__name, "
                                 "so equal names in several folders are no clash")
     auto_skip: bool = option(True, help="redo slides that have their coordinates already")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.errors import ItemFailed, Refused
@@ -41,13 +41,14 @@ def load_defaults(preset: str | None) -> PatchingParameters:
 
 
 def load_listing(source: Path, save_dir: Path, process_list: str | None,
-                 defaults: PatchingParameters, *, recursive: bool, id_from_path: bool
-                 ) -> ProcessList:
+                 defaults: PatchingParameters, *, recursive: bool, id_from_path: bool,
+                 endings: Sequence[str] = ()) -> ProcessList:
     """The slides of the run: those of the process list, or those of the folder."""
     if process_list is not None:
         listing = read_list(inside(save_dir, process_list), defaults)
     else:
-        slides = list_slides(source, recursive=recursive, id_from_path=id_from_path)
+        slides = list_slides(source, recursive=recursive, id_from_path=id_from_path,
+                             endings=endings)
         elsewhere = any(name != path for name, path in slides.items())
         listing = new_list(slides, defaults, paths=slides if elsewhere else None)
     check_stems(listing, source)

@@ -7,7 +7,7 @@ lie is in the column ``path`` of the process list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from utils.errors import Refused
@@ -20,19 +20,25 @@ JOINT = "__"
 MASKS = "tissue_masks"  # folder in save_dir that learned segmenters write into
 
 
-def list_slides(source: Path, *, recursive: bool = False, id_from_path: bool = False
-                ) -> dict[str, str]:
+def list_slides(source: Path, *, recursive: bool = False, id_from_path: bool = False,
+                endings: Sequence[str] = ()) -> dict[str, str]:
     """Name -> path inside ``source``, of the slides of a folder; ``Refused`` when there are none.
 
-    Without ``recursive`` every file directly in it counts, hidden ones left out, and folders that
-    are one slide (DICOM, Zarr); with it, what has a slide's extension, in any sub-folder.
+    endings: only names that end so, capitals or not; () = all. Without ``recursive`` every file
+    directly in it counts, hidden ones left out, and folders that are one slide (DICOM, Zarr); with
+    it, what has a slide's extension, in any sub-folder.
     """
     try:
-        entries = [entry.relative_to(source) for entry in slide_entries(source,
-                                                                        recursive=recursive)]
+        entries = [entry.relative_to(source)
+                   for entry in slide_entries(source, recursive=recursive)
+                   if not endings or entry.name.casefold().endswith(
+                       tuple(map(str.casefold, endings)))]
     except OSError as error:
         raise Refused(f"--source {source} cannot be read ({error.strerror}): give the folder "
                       "with the slides") from None
+    if not entries and endings:
+        raise Refused(f"--source {source} has no slides that end with {', '.join(endings)}: "
+                      "correct --slide_ext")
     if not entries:
         raise Refused(f"--source {source} has no files: give the folder that holds the slides "
                       "themselves" + ("" if recursive else

@@ -171,6 +171,18 @@ def test_slides_in_sub_folders(source: Path, tmp_path: Path, out: Path) -> None:
     assert again == 0  # every row has process 0: nothing to do
 
 
+def test_only_files_of_some_endings(source: Path, tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "b.TIF").symlink_to(source / "a.tif")
+    (folder / "notes.xml").write_text("<x/>")
+    assert run(folder, tmp_path / "all") == 3  # every file counts, as with CLAM
+    assert run(folder, out, "--slide_ext", ".svs", ".tif") == 0
+    assert [path.name for path in (out / "patches").iterdir()] == ["b.h5"]
+    with pytest.raises(Refused, match=r"no slides that end with \.ndpi: correct --slide_ext"):
+        run(folder, out, "--slide_ext", ".ndpi")
+
+
 def test_a_slide_that_takes_too_long_is_given_up(source: Path, out: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILWRIGHT_FAULT", "patching.open.a:sleep")

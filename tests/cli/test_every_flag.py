@@ -13,7 +13,7 @@ from datasets.heatmap_config import SECTIONS, Sample, SampleArguments
 
 HERE = Path(__file__).parent
 SCRIPTS = ("create_patches_fp", "extract_features_fp", "create_splits_seq", "main", "eval",
-           "create_heatmaps", "scripts.build_preset")
+           "create_heatmaps", "scripts.build_preset", "scripts.convert_slides")
 
 
 def untested(kind: type, text: str, form: str) -> set[str]:
