@@ -19,6 +19,7 @@ from utils.options import build, from_mapping, load_yaml, option
 from utils.storage import plain, safe_id
 from wsi_core.heatmap import SampleMode, colour_table
 from wsi_core.hierarchy import wanted_children
+from wsi_core.scale import PatchScale
 
 CONFIGS = Path("heatmaps/configs")
 
@@ -60,20 +61,17 @@ class PatchingArguments:
     overlap: float = option(0.5, help="overlap of the fine map, as a fraction", low=0, high=0.99)
     patch_level: int = option(0, help="pyramid level that is read", low=0)
     custom_downsample: int = option(1, help="read this much more and reduce", low=1)
+    patch_mpp: float | None = option(None, help="um per px of the patches, as in training, instead "
+                                     "of patch_level", low=0.01, high=100)
     child_levels: tuple[int, ...] = option((), help="finer levels of hag_mil, coarse to fine; "
                                            "none: as in training", low=0)
     child_mpp: tuple[float, ...] = option((), help="finer levels in um per px instead", low=0.01)
 
-    @property
-    def read_px(self) -> int:
-        """Side of a patch in px of ``patch_level``, before it is reduced to ``patch_size``."""
-        return self.patch_size * self.custom_downsample
-
-    @property
-    def step_px(self) -> int:
-        """Step of the fine map in px of ``patch_level``."""
-        fraction = 1 - self.overlap
-        return max(1, int(self.patch_size * fraction + 1e-9)) * self.custom_downsample
+    def scale(self) -> PatchScale:
+        """Size and step of the fine map's patches, as ``wsi_core.scale`` takes them."""
+        step_px = max(1, int(self.patch_size * (1 - self.overlap) + 1e-9))
+        return PatchScale(patch_px=self.patch_size, step_px=step_px, mpp_um=self.patch_mpp,
+                          patch_level=self.patch_level, custom_downsample=self.custom_downsample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +251,11 @@ def _check(config: HeatmapConfig, *, source: str) -> None:
         raise Refused(f"{source}: two samples are called '{twice[0]}': they share a folder")
     if not data.slide_ext.startswith("."):
         raise Refused(f"{source}: slide_ext is '{data.slide_ext}', expected it with its dot")
-    wanted_children(config.patching_arguments.child_levels, config.patching_arguments.child_mpp)
+    patching = config.patching_arguments
+    wanted_children(patching.child_levels, patching.child_mpp)
+    if patching.patch_mpp is not None and (patching.patch_level or patching.custom_downsample > 1):
+        raise Refused(f"{source}: patch_level and custom_downsample go by pyramid levels, "
+                      "patch_mpp by um per px: give one")
     colour_table(config.heatmap_arguments.cmap)
 
 

@@ -15,7 +15,14 @@ from datasets.heatmap_config import DataArguments
 from utils.errors import Refused
 from utils.storage import inside, safe_id
 from wsi_core.presets import HEATMAP_DEFAULTS, PatchingParameters, load_preset
-from wsi_core.process_list import ProcessList, new_list, read_list, row_parameters, to_process
+from wsi_core.process_list import (
+    ProcessList,
+    new_list,
+    read_list,
+    row_mpp,
+    row_parameters,
+    to_process,
+)
 from wsi_core.slide import is_slide_file
 
 PROCESS_LISTS = Path("heatmaps/process_lists")
@@ -29,6 +36,7 @@ class HeatmapItem:
     slide_id: file name without ``slide_ext``; label: class name or ``Unspecified``
     roi_l0: x1, y1, x2, y2 in level-0 px, or None for the whole slide
     process: False = a row that is carried along untouched
+    mpp_um: the user's word on the pixel size of level 0, a column ``mpp``
     """
 
     slide_id: str
@@ -37,6 +45,7 @@ class HeatmapItem:
     segmentation: PatchingParameters
     roi_l0: tuple[int, int, int, int] | None = None
     process: bool = True
+    mpp_um: float | None = None
 
 
 def list_items(
@@ -55,7 +64,7 @@ def list_items(
             items.append(HeatmapItem(
                 slide_id=slide_id, slide_path=path, process=to_process(row),
                 label=_label(row.get("label", ""), data.label_dict),
-                segmentation=row_parameters(row, defaults),
+                segmentation=row_parameters(row, defaults), mpp_um=row_mpp(row),
                 roi_l0=_roi(row) if use_roi and to_process(row) else None))
         except Refused as error:
             raise Refused(f"{source}, line {number} ({row['slide_id']}): {error}") from None

@@ -61,6 +61,9 @@ def find_children(patching: PatchingArguments, *, record: Mapping[str, Any], n_l
             "to fine")
         raise Refused(f"the {model_type} of this checkpoint takes {n_levels - 1} finer levels, "
                       f"found {names}: {remedy}")
+    if levels and patching.patch_mpp is not None:
+        raise Refused(f"child_levels {' '.join(map(str, levels))} go by pyramid levels, patch_mpp "
+                      "by um per px: give child_mpp")
     if levels and levels[0] >= patching.patch_level:
         raise Refused(f"child_levels {' '.join(map(str, levels))} are not finer than patch_level "
                       f"{patching.patch_level}, the coarsest: level 0 is the finest")
@@ -76,7 +79,9 @@ def level_maps(maps: SlideMaps) -> tuple[LevelMap, ...]:
     if not len(coords):
         return ()
     levels = _lazy_levels(maps, coords)
-    names = [f"level_{maps.patching.patch_level}", *(level.name for level in levels)]
+    mpp_um = maps.patching.patch_mpp
+    coarse = Child(level=maps.patching.patch_level) if mpp_um is None else Child(mpp_um=mpp_um)
+    names = [coarse.name, *(level.name for level in levels)]
     common = {**maps.coarse_parameters, "model": dict(maps.tools.model), "levels": names}
     paths = [maps.file(f"_blockmap_{name}.h5") for name in names]
     parameters = [{**common, "level": name} for name in names]
@@ -113,15 +118,15 @@ def _lazy_levels(maps: SlideMaps, coords: np.ndarray) -> tuple[LazyLevel, ...]:
 
 
 def _coarse_patches(maps: SlideMaps, coords: np.ndarray) -> PatchCoords:
-    slide, patching = maps.slide, maps.patching
-    level, (side_x, side_y) = patching.patch_level, map(round, maps.patch_px_l0)
+    slide, reading = maps.slide, maps.reading
+    level, (side_x, side_y) = reading.level, map(round, maps.patch_px_l0)
     return PatchCoords(
-        slide_id=maps.item.slide_id, coords=coords, patch_size=patching.read_px,
-        patch_level=level, output_size=patching.patch_size,
+        slide_id=maps.item.slide_id, coords=coords, patch_size=reading.read_px,
+        patch_level=level, output_size=reading.output_px,
         level_downsample=slide.level_downsamples[level],
         level_size=slide.level_dimensions[level], slide_size=slide.level_dimensions[0],
         footprint_px_l0=(side_x, side_y), step_px_l0=(side_x, side_y), mpp_um=maps.mpp_um,
-        slide_mpp_um=slide.mpp_um)
+        slide_mpp_um=maps.slide_mpp)
 
 
 def _write_maps(maps: SlideMaps, coords: Sequence[np.ndarray | None], scored: Scored,

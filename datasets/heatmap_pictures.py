@@ -168,13 +168,13 @@ class _Pictures:
         chosen = sample_patches(
             self.shares, mode=sample.mode, k=sample.k, seed=sample.seed,
             score_start=sample.score_start, score_end=sample.score_end)
-        patching, files = self.maps.patching, []
+        reading, files = self.maps.reading, []
         for rank, index in enumerate(chosen):
             x, y = (int(value) for value in self.coarse.coords[index])
-            patch = self.maps.slide.read_region((x, y), patching.patch_level,
-                                                (patching.read_px, patching.read_px))
-            if patching.custom_downsample > 1:
-                patch = resize_shorter_side(patch, patching.patch_size)
+            patch = self.maps.slide.read_region((x, y), reading.level,
+                                                (reading.read_px, reading.read_px))
+            if reading.read_px != reading.output_px:
+                patch = resize_shorter_side(patch, reading.output_px)
             files.append(write_image(
                 folder / f"{rank}_{self.slide_id}_x_{x}_y_{y}_a_{self.shares[index]:.3f}.png",
                 patch))

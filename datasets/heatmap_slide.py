@@ -38,7 +38,8 @@ from wsi_core.geojson import read_tissue, tissue_features, write_geojson
 from wsi_core.grid import patch_grid
 from wsi_core.heatmap import center_shift, check_scores, clip_roi, shifted_grids
 from wsi_core.presets import SEGMENTATION_NAMES
-from wsi_core.slide import Slide, best_level, fingerprint, nominal_downsample
+from wsi_core.scale import plan_reading
+from wsi_core.slide import Slide, best_level, fingerprint
 from wsi_core.tissue import Tissue, segment_tissue
 
 OVERVIEW_DOWNSAMPLE = 32.0  # what level -1 stands for
@@ -109,16 +110,16 @@ class SlideMaps:
         self.patching, self.heatmap = patching, heatmap
         self.record = FileRecord(self.file("_record.json"))
         self.made = 0  # files written in this run
-        level = patching.patch_level
-        if level >= len(slide.level_dimensions):
-            raise ItemFailed(f"{item.slide_path.name} has no level {level} to read patches from, "
-                             f"only {len(slide.level_dimensions)}: lower patch_level")
-        ds_x, ds_y = (nominal_downsample(value) for value in slide.level_downsamples[level])
-        self.patch_px_l0 = (patching.read_px * ds_x, patching.read_px * ds_y)
-        self.step_px_l0 = (patching.step_px * ds_x, patching.step_px * ds_y)
-        # of a patch as the encoder sees it
-        self.mpp_um = None if slide.mpp_um is None else \
-            slide.mpp_um[0] * self.patch_px_l0[0] / patching.patch_size
+        if patching.patch_mpp is None and patching.patch_level >= len(slide.level_dimensions):
+            raise ItemFailed(f"{item.slide_path.name} has no level {patching.patch_level} to read "
+                             f"patches from, only {len(slide.level_dimensions)}: lower "
+                             "patch_level, or give patch_mpp")
+        self.slide_mpp = slide.mpp_um if item.mpp_um is None else (item.mpp_um, item.mpp_um)
+        scale = patching.scale()
+        self._step_px = scale.step_px * scale.custom_downsample
+        self.reading = plan_reading(slide, scale, self.slide_mpp)
+        self.patch_px_l0, self.step_px_l0 = self.reading.footprint_px_l0, self.reading.step_px_l0
+        self.mpp_um = self.reading.mpp_um  # of a patch as the encoder sees it
 
     def file(self, suffix: str) -> Path:
         """A file of this slide in the raw folder."""
@@ -176,17 +177,19 @@ class SlideMaps:
 
     def encode(self, coords: np.ndarray) -> np.ndarray:
         """Features (n, D) of patches of this geometry."""
-        patching = self.patching
         return self.tools.encode(
-            self.item.slide_path, coords, patch_level=patching.patch_level,
-            patch_size=patching.read_px, output_size=patching.patch_size)
+            self.item.slide_path, coords, patch_level=self.reading.level,
+            patch_size=self.reading.read_px, output_size=self.reading.output_px)
 
     @cached_property
     def coarse_parameters(self) -> dict[str, Any]:
         """What decides the features of the patches that do not overlap."""
-        return {"tissue": self.tissue_parameters, "patch_size": self.patching.patch_size,
-                "patch_level": self.patching.patch_level,
-                "custom_downsample": self.patching.custom_downsample,
+        patching = self.patching
+        by_mpp = {} if patching.patch_mpp is None else {
+            "patch_mpp": patching.patch_mpp, "read_px": self.reading.read_px}
+        return {"tissue": self.tissue_parameters, "patch_size": patching.patch_size,
+                "patch_level": self.reading.level,
+                "custom_downsample": patching.custom_downsample, **by_mpp,
                 "center_shift": self._shift(0.0), "encoder": dict(self.tools.encoder)}
 
     def _shift(self, overlap: float) -> float:
@@ -274,13 +277,14 @@ class SlideMaps:
 
     def _fine_parameters(self, roi_l0: Roi | None) -> dict[str, Any]:
         assert self.coarse is not None
-        return {**self.coarse.parameters, "step_px": self.patching.step_px, "roi_l0": roi_l0,
+        return {**self.coarse.parameters, "step_px": self._step_px, "roi_l0": roi_l0,
                 "fine_shift": self._fine_shift,
                 "scored": "in bags" if self.tools.in_bags else "one by one"}
 
     @property
     def _fine_shift(self) -> float:
-        return self._shift(1 - self.patching.step_px / self.patching.read_px)
+        return self._shift(1 - self._step_px / (
+            self.patching.patch_size * self.patching.custom_downsample))
 
     def _compute_fine(self, path: Path, parameters: dict[str, Any]) -> AttentionMap | None:
         """Scores of the coarse map where coordinates coincide, the others encoded."""

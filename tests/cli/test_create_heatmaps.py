@@ -383,7 +383,8 @@ def test_key_label_dict(draw: Draw) -> None:
 
 @pytest.mark.parametrize(("changes", "level", "size"), [
     ({"patch_size": 32}, 0, 32), ({"patch_level": 1, "patch_size": 32}, 1, 32),
-    ({"custom_downsample": 2, "patch_size": 32}, 0, 32)], ids=["size", "level", "custom"])
+    ({"custom_downsample": 2, "patch_size": 32}, 0, 32),
+    ({"patch_mpp": 1.0, "patch_size": 32}, 1, 32)], ids=["size", "level", "custom", "mpp"])
 def test_keys_of_patches(draw: Draw, changes: dict[str, int], level: int, size: int) -> None:
     """Footprints, steps and sampled patches are right also above level 0 and when reduced."""
     assert draw({f"patching_arguments.{key}": value for key, value in changes.items()}) == 0
@@ -407,6 +408,22 @@ def test_keys_of_patches(draw: Draw, changes: dict[str, int], level: int, size: 
                  names[0].name.split("_y_")[1].split("_")[0]))
         there = slide[y:y + 32, x:x + 32].astype(int)
         assert np.abs(pixels(names[0]).astype(int) - there).mean() < 12
+
+
+def test_patches_of_a_physical_scale_by_the_users_pixel_size(project: Path, draw: Draw) -> None:
+    """0.75 um on slides of 0.5 um: 48 px are read for 32; with 0.25 um in the list, 96."""
+    asked = {"patching_arguments.patch_mpp": 0.75, "patching_arguments.patch_size": 32}
+    assert draw(asked) == 0
+    xs = np.unique(read_h5(RAW / "s_0_blockmap.h5").arrays["coords"][:, 0])
+    assert np.diff(xs).min() == 48
+    rows = [line.split(",") for line in (project / "list.csv").read_text().splitlines()]
+    (project / "list.csv").write_text("\n".join(
+        ",".join([*row, "mpp" if number == 0 else "0.25"]) for number, row in enumerate(rows)))
+    assert draw(asked) == 0
+    xs = np.unique(read_h5(RAW / "s_0_blockmap.h5").arrays["coords"][:, 0])
+    assert np.diff(xs).min() == 96
+    with pytest.raises(Refused, match="patch_mpp by um per px: give one"):
+        draw({**asked, "patching_arguments.patch_level": 1})
 
 
 def test_keys_of_the_encoder(draw: Draw, project: Path) -> None:

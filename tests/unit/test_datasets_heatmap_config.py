@@ -117,11 +117,11 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
 
 def test_step_of_the_fine_map() -> None:
     def step(**values: Any) -> int:
-        return PatchingArguments(**values).step_px
+        return PatchingArguments(**values).scale().step_px
 
     assert step(patch_size=256, overlap=0.5) == 128
     assert step(patch_size=10, overlap=0.9) == 1  # 10 * (1 - 0.9) is 0.9999...
-    assert step(patch_size=100, overlap=0.7, custom_downsample=2) == 60
+    assert step(patch_size=100, overlap=0.7, custom_downsample=2) == 30  # before the downsample
 
 
 def test_configs_are_found_by_name_or_path(
