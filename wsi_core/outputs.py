@@ -52,6 +52,17 @@ class OutputPlan:
         """Whether the slide has to be opened to make what is asked for."""
         return self.stitch or bool(self.overlays) or self.images is not None
 
+    def outlines(self, slide_id: str, *, redo: bool, drawn: Path | None) -> tuple[str, ...]:
+        """What shows the tissue alone, so can be had without coordinates, and is to be written.
+
+        redo: also what is there, but for the file (``drawn``) that the outlines come from
+        """
+        asked = (*(name for name in self.overlays if name != "grid"),
+                 *(("geojson",) if self.geojson else ()))
+        return tuple(what for what in asked
+                     if not (path := self.path(slide_id, what)).exists()
+                     or (redo and not _same(path, drawn)))
+
     def path(self, slide_id: str, what: str) -> Path:
         """Where ``stitch``, an overlay, ``geojson`` or ``images`` (a folder) of a slide lies."""
         if what == "stitch":
@@ -83,12 +94,18 @@ class OutputPlan:
                 found.append("images")
         return tuple(found)
 
-    def clear(self, slide_id: str) -> None:
-        """Take away what shows coordinates that are about to be replaced."""
-        for what in ("stitch", "mask", "mask_bw", "contours", "grid", "geojson"):
+    def clear(self, slide_id: str, *, drawn: Path | None) -> None:
+        """Take away what shows coordinates that are about to be replaced.
+
+        GeoJSON may hold hours of somebody's drawing: it goes only where a new one is asked for,
+        and never when it is the very file (``drawn``) that the outlines come from.
+        """
+        for what in ("stitch", "mask", "mask_bw", "contours", "grid"):
             path = self.path(slide_id, what)
             for suffix in (path.suffix, ".png"):
                 path.with_suffix(suffix).unlink(missing_ok=True)
+        if self.geojson and not _same(self.path(slide_id, "geojson"), drawn):
+            self.path(slide_id, "geojson").unlink(missing_ok=True)
         if self.path(slide_id, "images").is_dir():
             from wsi_core.patch_images import remove_images
 
@@ -129,6 +146,10 @@ class OutputPlan:
             write_image(path.with_name(f"{patches.slide_id}_mask_bw.png"),
                         overlays.draw_mask_bw(*image, tissue))
         write_image(path, picture)
+
+
+def _same(path: Path, drawn: Path | None) -> bool:
+    return drawn is not None and drawn.resolve() == path.resolve()
 
 
 def write_picture(path: Path, image: np.ndarray) -> None:

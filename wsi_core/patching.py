@@ -237,12 +237,17 @@ def _process(slide: Slide, job: PatchJob, plan: PatchPlan, mine: Claim) -> Row:
     numbers = {"seg_level": automatic_level(slide, job.parameters.seg_level),
                "vis_level": vis_level, "n_contours": len(tissue.contours), "n_patches": "",
                "mpp_used": f"{sum(slide_mpp) / 2:.6g}" if slide_mpp else ""}
+    drawn = plan.search.contours_path(job.slide_id)
     if not plan.make_patches:
-        if plan.beside.pictures and plan.coords_path(job.slide_id).exists():
+        if not plan.coords_path(job.slide_id).exists():
+            bare = place_patches(slide, Tissue(), reading, slide_mpp, job, plan)
+            plan.beside.make(overviews, replace(bare, tissue=tissue), plan.beside.outlines(
+                job.slide_id, redo=plan.redo, drawn=drawn))
+        elif plan.beside.pictures:
             _extras_only(slide, job, plan)
         return _result(tissue, numbers, None, job, note)
     patches = place_patches(slide, tissue, reading, slide_mpp, job, plan)
-    plan.beside.clear(job.slide_id)
+    plan.beside.clear(job.slide_id, drawn=drawn)
     plan.beside.make(overviews, patches, plan.beside.missing(job.slide_id, patches))
     if stamp(job.slide_path) != before:
         raise SlideError(f"{job.slide_path}: was replaced while it was read: run the same command "
@@ -341,7 +346,7 @@ def _extras_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
     patches = read_coords(path)
     check_made_from(job.slide_path, patches, path)
     if plan.redo:
-        plan.beside.clear(job.slide_id)
+        plan.beside.clear(job.slide_id, drawn=plan.search.contours_path(job.slide_id))
     plan.beside.make(Overviews(slide), patches, plan.beside.missing(job.slide_id, patches))
     return Row(item=job.listed_as, status=Status.DONE if len(patches) else Status.EMPTY,
                reason="" if len(patches) else "the coordinates file has no patches",

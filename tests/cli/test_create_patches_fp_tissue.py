@@ -213,6 +213,30 @@ def test_outlines_go_to_qupath_and_come_back(source: Path, out: Path, tmp_path: 
                                     for y in range(512, 1024, 128)}
 
 
+def test_outlines_drawn_in_the_run_s_own_folder_are_never_lost(source: Path, out: Path) -> None:
+    """Two steps in one folder: segment, correct in QuPath, patch from the corrected outlines."""
+    seg_only = [*map(str, ("--source", source, "--save_dir", out, "--seg", *SMALL, "--segmenter",
+                           "stain", "--save_geojson", "--visualize", "mask", "contours", "grid"))]
+    assert create_patches_fp.main(seg_only) == 0
+    path = out / "contours_geojson/a.geojson"
+    assert path.exists() and not (out / "patches/a.h5").exists()
+    assert {one.name for one in (out / "visualization").iterdir()} == {
+        "a_mask.png", "a_mask_bw.png", "a_contours.png"}
+
+    box = [[256, 512], [1280, 512], [1280, 1024], [256, 1024], [256, 512]]
+    path.write_text(json.dumps({"type": "Feature", "properties": {}, "geometry": {
+        "type": "Polygon", "coordinates": [box]}}))
+    drawn = path.read_bytes()
+    assert create_patches_fp.main(seg_only) == 0 and path.read_bytes() == drawn
+    flags = ("--contours_dir", path.parent, "--min_tissue", 0.9)
+    redo = "--no_auto_skip"
+    for more in ((), (redo,), (redo, "--save_geojson"), ("--save_geojson",)):
+        assert run(source, out, *flags, *more) == 0
+        assert path.read_bytes() == drawn and len(coords(out)) == 32
+    assert run(source, out, "--no_auto_skip") == 0  # outlines left out: the drawing stays there
+    assert path.read_bytes() == drawn
+
+
 def test_regions_of_interest_and_what_is_left_out(source: Path, out: Path, tmp_path: Path) -> None:
     run(source, out, *SMALL, "--segmenter", "stain")
     everything = cells(coords(out))
