@@ -49,6 +49,7 @@ from wsi_core.patch_options import (
     RunOptions,
     ScaleOptions,
     TissueOptions,
+    check_listing,
     check_outputs,
     check_scale,
     check_tissue,
@@ -144,6 +145,7 @@ def check_options(options: Options) -> None:
         raise Refused("finer levels come from coarse coordinates: give --seg --patch as well")
     if not options.source.is_dir():
         raise Refused(f"--source {options.source} is no folder: give the folder with the slides")
+    check_listing(options)
     check_scale(options)
     check_tissue(options)
     check_outputs(options, options)

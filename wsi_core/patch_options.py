@@ -156,6 +156,15 @@ def check_scale(options: ScaleOptions) -> None:
                       f"{options.patch_level}: levels count from 0, the finest")
 
 
+def check_listing(options: RunOptions) -> None:
+    """Refuse ways of looking for slides where none are looked for."""
+    if options.id_from_path and not options.recursive:
+        raise Refused("--id_from_path has no effect without --recursive: give both or leave it out")
+    if options.process_list is not None and (options.recursive or options.slide_ext):
+        raise Refused("--recursive and --slide_ext look for slides, --process_list names them: "
+                      "give one")
+
+
 def wanted_mpp(options: ScaleOptions) -> float | None:
     """um per px of the patches, None when they are taken by pyramid level."""
     if options.target_mag is not None:
@@ -195,7 +204,15 @@ def check_tissue(options: TissueOptions) -> None:
 
 
 def check_outputs(options: OutputOptions, scale: ScaleOptions) -> None:
-    """Refuse a layout that cannot say what is asked for."""
+    """Refuse flags that nothing would look at, and a layout that cannot say what is asked for."""
+    packs_jpeg = options.save_lmdb is not None and options.image_format == "jpeg"
+    for flag, given, needed, there in (
+            ("max_images", options.max_images is not None, "--save_images", options.save_images),
+            ("image_format", options.image_format != "jpeg", "--save_lmdb", options.save_lmdb),
+            ("jpeg_quality", options.jpeg_quality != 90, "--save_images jpeg or a --save_lmdb of "
+             "jpeg", packs_jpeg or options.save_images == "jpeg")):
+        if given and not there:
+            raise Refused(f"--{flag} has no effect without {needed}: give both or leave it out")
     if options.layout == "clam":
         return
     if wanted_mpp(scale) is None:

@@ -202,6 +202,12 @@ def test_another_scale_is_refused_in_the_same_folder(cohort: Path, out: Path) ->
     (("--segmenter", "otsu", "--seg_ckpt", "x"), "--seg_ckpt has no effect"),
     (("--segmenter", "otsu", "--device", "cpu"), "--device has no effect"),
     (("--segmenter", "otsu", "--seg_batch_size", 2), "--seg_batch_size has no effect"),
+    (("--max_images", 3), "--max_images has no effect without --save_images"),
+    (("--image_format", "png"), "--image_format has no effect without --save_lmdb"),
+    (("--save_images", "png", "--jpeg_quality", 50), "--jpeg_quality has no effect without"),
+    (("--id_from_path",), "has no effect without --recursive"),
+    (("--process_list", "l.csv", "--recursive"), "--process_list names them: give one"),
+    (("--process_list", "l.csv", "--slide_ext", ".svs"), "--process_list names them: give one"),
     (("--contours_dir", "/nowhere"), "--contours_dir /nowhere is no folder"),
     (("--layout", "trident"), "tells patches by magnification"),
     (("--layout", "trident", "--patch_mpp", 1, "--child_mpp", 0.5), "no place for finer levels")])
