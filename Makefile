@@ -19,7 +19,7 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: .venv/installed  ## every speed benchmark, one after the other (those of accuracy need data: see README)
-	for command in $(filter-out %/colon.py %/demo_models.py %/mil_datasets.py %/mnist_bags.py %/tissue.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	for command in $(filter-out %/colon.py %/demo_models.py %/e2e_vs_two_stage.py %/mil_datasets.py %/mnist_bags.py %/tissue.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		$(BIN)/python $$command || exit 1; done
 
 clean:  ## remove the demo's results (the environment stays)

@@ -7,10 +7,11 @@ The config is looked up in heatmaps/configs/ or taken as a path; config_template
 every key. A slide is encoded once without overlap and once with (what coincides is not encoded
 again), and each result is kept with the parameters that it was made with: the same command again
 only does what is missing. A hag_mil of several magnifications has a map a level instead, with the
-patches outlined that it looked into. Writes <raw_save_dir>/<exp>/<label>/<slide>/ (features,
-scores, mask), <production_save_dir>/<exp>/ (pictures, sampled patches, <slide>_attention.geojson
-for QuPath), heatmaps/results/<list>.csv and <raw_save_dir>/<exp>/report_heatmaps.csv. Asks before
-it starts when run on a terminal without --yes.
+patches outlined that it looked into; an end-to-end model brings its own encoder. Writes
+<raw_save_dir>/<exp>/<label>/<slide>/ (features, scores, mask), <production_save_dir>/<exp>/
+(pictures, sampled patches, <slide>_attention.geojson for QuPath), heatmaps/results/<list>.csv and
+<raw_save_dir>/<exp>/report_heatmaps.csv. Asks before it starts when run on a terminal without
+--yes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,24 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from datasets.heatmap_config import HeatmapConfig, as_yaml, find_config, load_config
+from datasets.heatmap_config import (
+    CLAM_ENCODER,
+    CLAM_PX,
+    EncoderArguments,
+    HeatmapConfig,
+    as_yaml,
+    find_config,
+    load_config,
+)
 from datasets.heatmap_items import HeatmapItem, list_items
 from datasets.heatmap_levels import find_children
 from datasets.heatmap_pictures import process_slide
+from datasets.heatmap_scale import TrainedScale
 from datasets.heatmap_scores import Outputs, Tools, score_bag
-from models.encoders import load_encoder
+from models.e2e_patches import aggregator, end_to_end_encoder
+from models.encoder_registry import E2E_PREFIX
+from models.encoders import Encoder, load_encoder
+from models.model_names import split_name
 from models.options import read_model_options
 from models.trained import TrainedModel, load_trained, output_names
 from utils.contracts import Bag, SlideModel
@@ -43,6 +56,8 @@ from wsi_core.process_list import ProcessList
 
 if TYPE_CHECKING:
     import torch
+
+    from models.e2e import EndToEnd
 
 RESULTS = Path("heatmaps/results")
 STATUS_CELLS = {Status.DONE: "processed", Status.SKIPPED: "processed"}
@@ -120,29 +135,53 @@ def needs_bags(model: SlideModel, trained: TrainedModel) -> bool:
     return model.contextual or output.heads is not None  # heads: weights that sum to 1
 
 
+def named_encoder(asked: EncoderArguments, *, device: torch.device, precision: Precision
+                  ) -> Encoder:
+    """The encoder that the config names; of ``e2e:`` CLAM's size of a patch means its own."""
+    name, target_px = asked.model_name or CLAM_ENCODER, asked.target_img_size
+    own_size = name.startswith(E2E_PREFIX) and target_px == CLAM_PX
+    return load_encoder(name, checkpoint=asked.ckpt_path, device=str(device),
+                        target_px=None if own_size else target_px, precision=precision)
+
+
+def own_encoder(asked: EncoderArguments, trained: TrainedModel, model: EndToEnd, *,
+                device: torch.device, precision: Precision) -> Encoder:
+    """The encoder of an end-to-end model; ``Refused`` when the config names another one."""
+    encoder = end_to_end_encoder(trained, model, device=device, precision=precision)
+    side_px, name = encoder.transform.side_px, split_name(trained.spec.model_type)[0]
+    asked.refuse_others((name, encoder.spec.name, f"{E2E_PREFIX}{trained.path}"), side_px=side_px)
+    print(f"note: an end-to-end model: patches go through its own encoder ({name}, {side_px} px); "
+          "encoder_arguments have no effect")
+    return encoder
+
+
 def load_tools(config: HeatmapConfig, *, device: torch.device, precision: Precision,
                workers: int) -> Tools:
     """Encoder and slide model, checked against each other, as callables for every slide."""
     from datasets.patches import encode_slide
 
     trained, outputs = read_model(config)
+    built: Any = trained.build().eval()
+    scale = TrainedScale(trained.record.get("patches") or {})
     children = find_children(config.patching_arguments, record=trained.record,
                              n_levels=trained.spec.n_levels, model_type=trained.spec.model_type)
-    model: Any = trained.build().eval()
+    described, model = aggregator(trained, built)
     in_bags = needs_bags(model, trained)
     if children:
         print("note: a model of several magnifications has no overlapping map: each level's own "
               "is drawn; overlap, use_ref_scores and calc_heatmap have no effect")
-    asked = config.encoder_arguments
-    encoder = load_encoder(asked.model_name, checkpoint=asked.ckpt_path, device=str(device),
-                           target_px=asked.target_img_size, precision=precision)
-    trained.check_features(encoder.dim, encoder.record())
+    if trained.end_to_end:
+        encoder = own_encoder(config.encoder_arguments, trained, built, device=device,
+                              precision=precision)
+    else:
+        encoder = named_encoder(config.encoder_arguments, device=device, precision=precision)
+    described.check_features(encoder.dim, encoder.record())
     return Tools(
         encode=partial(encode_slide, encoder=encoder, workers=workers,
                        batch_size=config.exp_arguments.batch_size),
         score=partial(score_bag, model=model.to(device), device=device),
         encoder=encoder.record(), model={"sha256": trained.sha256, **asdict(trained.spec)},
-        outputs=outputs, in_bags=in_bags, children=children)
+        outputs=outputs, in_bags=in_bags, children=children, scale=scale)
 
 
 def fill_row(table: ProcessList, row: dict[str, str], result: Row) -> None:

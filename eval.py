@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
+from datasets.cohort import check_sources
 from datasets.evaluated import EvaluatedSlides, SlideOptions, find_slides
+from datasets.patch_bag_options import PatchSourceOptions
 from datasets.tasks import Task, TaskOptions, load_task
 from models.encoders import matching_encoder
-from models.options import read_model_options
-from models.slide_models import SLIDE_MODELS
-from models.trained import TrainedModel, load_trained
-from utils.devices import Precision, check_precision, pick_device
+from models.trained import CheckpointOptions, TrainedModel, load_folds
+from utils.devices import Precision, check_precision, keep_freed_memory, pick_device
 from utils.distributed import Group, process_group
 from utils.errors import EXIT_OK, run_script
 from utils.evaluation import Evaluation, Measuring, evaluate_predictions, pool_tests, predict_fold
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SlideOptions, TaskOptions):
+class Options(SlideOptions, PatchSourceOptions, CheckpointOptions, TaskOptions):
     """Flags of eval.py."""
 
     models_exp_code: str = option(help="folder of the trained models in --results_dir, with _s1")
@@ -69,15 +69,6 @@ class Options(SlideOptions, TaskOptions):
     fold: int = option(-1, help="this fold only; -1 = the range", low=-1)
     micro_average: bool = option(False, help="more than two classes: one AUC over all (slide, "
                                  "class) pairs instead of the mean over the classes")
-    model_type: str | None = option(
-        None, choices=list(SLIDE_MODELS), help="this and the next four are read from "
-        "s_{k}_checkpoint.json where it exists, else from the weights as far as they tell")
-    model_size: Literal["small", "big"] | None = option(None, help="width of the attention")
-    drop_out: float | None = option(None, help="dropout of the training", low=0, high=0.99,
-                                    bare=0.25)
-    embed_dim: int | None = option(None, help="width of the features", low=1)
-    model_options: Path | None = option(None, help="yaml file with options of the model, for "
-                                        "example its preset", metavar="YAML")
     v_patch: tuple[float, ...] = option((), low=0, help="parents kept at each level, a number or "
                                         "(below 1) a fraction, other than in training (hag_mil)")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N")
@@ -90,10 +81,12 @@ class Options(SlideOptions, TaskOptions):
     overwrite: bool = option(False, help="replace what was evaluated under the same name")
 
 
+# What makes another evaluation, beside models and slides
 SETTINGS = (*(item.name for item in fields(TaskOptions) if item.name != "tasks_file"),
+            *(item.name for item in fields(PatchSourceOptions) if item.name != "num_workers"),
             "feature_dir", "data_root_dir", "results_dir", "models_exp_code", "splits_dir", "split",
             "micro_average", "n_bootstrap", "seed", "precision", "child_levels", "child_dirs",
-            "lazy_children")  # what makes another evaluation, beside models and slides
+            "lazy_children", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +104,8 @@ class Inputs:
         return [f"evaluating {len(self.models)} folds on {len(check.usable)} slides "
                 f"(split '{split}')",
                 *(f"note: {note}" for notes in (table.notes, check.notes, *(
-                    model.notes for model in self.models.values())) for note in notes)]
+                    [*model.notes, *model.patch_notes(self.slides.patches)]
+                    for model in self.models.values())) for note in notes)]
 
     def warnings(self) -> tuple[str, ...]:
         """What a reader must know before the figures."""
@@ -135,33 +129,30 @@ class Inputs:
 
     def facts(self, split: str) -> dict[str, str]:
         """What was evaluated, for the report."""
-        spec, check = next(iter(self.models.values())).spec, self.slides.check
-        encoder = (check.encoder or {}).get("name", "unknown encoder")
+        spec = next(iter(self.models.values())).spec
         return {"Task": f"{self.task.name}, {self.task.task_type} ({self.task.csv_path})",
                 "Slides": f"split '{split}'",
                 "Models": f"{self.folder} ({spec.model_type}, {spec.model_size})",
-                "Features": f"{self.slides.store.root} (width {check.width}, {encoder})",
+                "Features": self.slides.origin,
                 "Predicted": ", ".join(f"{index}: {name}" for index, name
                                        in enumerate(self.slides.names))}
 
 
-def read_inputs(task: Task, folder: Path, folds: Sequence[int], *, slides: dict[str, Any],
-                v_patch: tuple[float, ...], **flags: Any) -> Inputs:
-    """Read and check all before any work, or ``Refused``.
+def read_slides(task: Task, models: dict[int, TrainedModel], *, patches: dict[str, Any],
+                **slides: Any) -> EvaluatedSlides:
+    """The slides, which must suit the models, or ``Refused``.
 
-    slides: arguments of ``find_slides``; flags: of the model, None = not given
+    patches, slides: arguments of ``find_slides``
     """
-    models = {fold: load_trained(folder / f"s_{fold}_checkpoint.pt", fold=fold,
-                                 class_names=task.class_names or task.label_cols,
-                                 task_type=task.task_type, **flags) for fold in folds}
-    if v_patch:
-        models = {fold: model.with_options(v_patch=v_patch) for fold, model in models.items()}
-    finer = models[folds[0]].finer_levels(slides["child_levels"], dirs=len(slides["child_dirs"]))
-    found = find_slides(task, folds, **{**slides, "child_levels": finer,
-                                        "splits_dir": slides["splits_dir"] or folder})
+    first = next(iter(models.values()))
+    finer = first.finer_levels(slides["child_levels"], dirs=len(slides["child_dirs"]))
+    found = find_slides(task, list(models), **{
+        **slides, "child_levels": finer, "patches": patches if first.end_to_end else None,
+        "splits_dir": slides["splits_dir"] or first.path.parent})
     for model in models.values():
-        model.check_features(found.check.width, found.check.encoder)
-    return Inputs(task=task, folder=folder, models=models, slides=found)
+        if not model.end_to_end:
+            model.check_features(found.check.width, found.check.encoder)
+    return found
 
 
 def predict_folds(found: Inputs, report: RunReport, how: Measuring, *, device: torch.device,
@@ -169,6 +160,8 @@ def predict_folds(found: Inputs, report: RunReport, how: Measuring, *, device: t
                   ) -> tuple[dict[int, Evaluation], dict[str, str]]:
     """Figures of every fold, and why slides have no prediction; a row a fold for the report."""
     slides, view = found.slides, VIEWS[found.task.task_type]
+    if slides.patches and device.type == "cpu":
+        keep_freed_memory()
     bags = slides.bags()
     folds, failed = {}, {}
     for fold, model in tqdm(found.models.items(), desc="folds",
@@ -198,14 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_precision(options.precision, device)
     code = safe_id(options.save_exp_code, what="--save_exp_code")
     task = load_task(**pick(TaskOptions, options), feature_dir=options.feature_dir)
-    found = read_inputs(
-        task, inside(options.results_dir, options.models_exp_code), folds,
-        model_type=options.model_type, model_size=options.model_size, dropout=options.drop_out,
-        embed_dim=options.embed_dim, v_patch=options.v_patch,
-        options=options.model_options and read_model_options(options.model_options), slides={
-            **pick(SlideOptions, options), "part": options.split,
-            "encoder_of": partial(matching_encoder, device=str(device)),
-            "cache_root": options.output_root / "lazy_features"})
+    models_folder = inside(options.results_dir, options.models_exp_code)
+    models = load_folds(models_folder, folds, class_names=task.class_names or task.label_cols,
+                        task_type=task.task_type, v_patch=options.v_patch,
+                        **pick(CheckpointOptions, options))
+    check_sources(options, model_type=models[folds[0]].spec.model_type,
+                  end_to_end=models[folds[0]].end_to_end)
+    found = Inputs(task=task, folder=models_folder, models=models, slides=read_slides(
+        task, models, patches=pick(PatchSourceOptions, options), **pick(SlideOptions, options),
+        part=options.split, encoder_of=partial(matching_encoder, device=str(device)),
+        cache_root=options.output_root / "lazy_features"))
     view = VIEWS[task.task_type]
     folder = writable_folder(inside(options.output_root, f"EVAL_{code}"), what="--output_root")
     files = name_files(folder, code, folds, k=options.k, plots=view.pictures,

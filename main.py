@@ -1,10 +1,12 @@
-"""Train slide models by cross-validation on bags of patch features.
+"""Train slide models by cross-validation on bags of patch features, or with their encoder.
 
     python main.py --task task_1_tumor_vs_normal --data_root_dir features --embed_dim 1024 \\
         --early_stopping --lr 2e-4 --k 10 --weighted_sample --bag_loss ce --inst_loss svm \\
         --model_type clam_sb --exp_code tumor_sb --log_data
     python main.py --csv_path cohort.csv --label_dict benign:0,cancer:1 --data_root_dir features \\
         --split_dir cohort_100 --model_type abmil --exp_code cohort --fold_workers 2
+    python main.py --csv_path cohort.csv --label_dict benign:0,cancer:1 --split_dir cohort_100 \\
+        --model_type e2e_r18_abmilx --patches high.lmdb --patches_low low.lmdb --same_psize 128
     torchrun --nproc_per_node 4 main.py ...          (several GPUs on each fold)
 
 Writes to <results_dir>/<exp_code>_s<seed>/: s_{k}_checkpoint.pt (+ .json), splits_{k}.csv,
@@ -19,17 +21,20 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets.bags import CacheMode
-from datasets.cohort import Cohort, find_split_folder, load_cohort
-from datasets.splits import split_folder_name
+from datasets.cohort import Cohort, CohortOptions, check_sources, load_cohort
+from datasets.patch_bag_options import DrawOptions, PatchSourceOptions
+from datasets.split_folder import SplitPlace, find_split_folder
 from datasets.tasks import TaskOptions, load_task
 from datasets.training_facts import training_facts
+from models.encoder_start import EncoderStart, encoder_start
 from models.model_flags import ModelFlags, describe_model
+from models.model_names import is_end_to_end
+from models.options import PretrainedOptions
 from models.slide_models import SlideModelSpec, build_slide_model
 from utils.cross_validation import Environment, run_folds, train_and_test
-from utils.devices import check_precision, pick_device
+from utils.devices import check_precision, keep_freed_memory, pick_device
 from utils.distributed import local_processes, process_group
 from utils.errors import Refused, run_script
 from utils.fit_options import FitOptions, check_fit
@@ -49,41 +54,27 @@ from utils.options import option, parse, pick, resolved, save_options
 from utils.report import Row, RunReport, Status
 from utils.storage import safe_id, writable_folder
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelFlags, FitOptions, TaskOptions):
-    """Flags of main.py: of the run, the task, the training and the model (see their classes)."""
+class Options(ModelFlags, PretrainedOptions, FitOptions, CohortOptions, SplitPlace,
+              PatchSourceOptions, DrawOptions, TaskOptions):
+    """Flags of main.py: of the run, the slides, the training and the model (see their classes)."""
 
-    data_root_dir: Path = option(help="folder with the feature folders")
-    feature_dir: str | None = option(None, help="sub-folder of --data_root_dir with the features")
-    child_levels: tuple[int, ...] = option((), low=0, help="finer levels of hag_mil, coarse to "
-                                           "fine: features in <folder>_level_<n>_corresponding")
-    child_dirs: tuple[Path, ...] = option((), help="feature folders of the finer levels, instead "
-                                          "of --child_levels")
-    label_frac: float = option(1.0, help="share of training labels: names the split folder",
-                               low=0, high=1)
     k: int = option(10, help="number of folds", low=1)
     k_start: int = option(-1, help="first fold, -1 = 0", low=-1)
     k_end: int = option(-1, help="fold after the last, -1 = k", low=-1)
-    splits_root: Path = option(Path("splits"), help="folder that holds the folders of splits")
-    split_dir: str | None = option(None, help="folder under --splits_root, or a path (default: "
-                                   "<task>_<percent of labels>)")
-    allow_shared_patients: bool = option(False, help="accept splits that divide a patient's slides")
-    val_is_test: bool = option(False, help="legacy protocol: the test slides are the validation "
-                               "slides too, which makes the figures optimistic; reports say so")
+    feature_dir: str | None = option(None, help="sub-folder of --data_root_dir with the features")
     results_dir: Path = option(Path("results"), help="folder for the experiment's folder")
     exp_code: str | None = option(None, help="name of the experiment (default: <task>_<model>)")
     log_data: bool = option(False, help="write TensorBoard logs")
     log_dir: Path | None = option(None, help="folder for them (default: the experiment's)")
-    testing: bool = option(False, help="try out on a tenth of the slides of each class")
     print_info: bool = option(True, help="without the table of slides by fold, part and class")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N")
-    cache: CacheMode = option("auto", help="keep features in memory")
     fold_workers: int = option(1, help="folds trained at once, each in a process", low=1)
     num_threads: int | None = option(None, help="CPU threads of all folds together", low=1)
-    feature_encoder: str | None = option(None, help="which features, where a folder holds those "
-                                         "of several encoders")
-    allow_missing: bool = option(False, help="go on without slides that have no features")
     overwrite: bool = option(False, help="replace folds trained with other settings")
 
 
@@ -96,6 +87,7 @@ class Job:
     spec: SlideModelSpec
     fit: FitOptions
     where: Environment
+    start: EncoderStart | None
     balanced: bool
     child_levels: tuple[int, ...]
     print_info: bool
@@ -110,7 +102,15 @@ class Job:
 
     def facts(self, fold: int) -> dict[str, Any]:
         """What decides the fold's result, beside how it is trained."""
-        return {**asdict(self.spec_of(fold)), **self.cohort.facts(fold)}
+        start = {"encoder_start": self.start.record(fold)} if self.start else {}
+        return {**asdict(self.spec_of(fold)), **self.cohort.facts(fold), **start}
+
+    def model(self, fold: int) -> torch.nn.Module:
+        """The model of a fold before training; of an end-to-end one the encoder has its weights."""
+        model = build_slide_model(self.spec_of(fold))
+        if self.start:
+            self.start.load(model, fold)
+        return model
 
 
 def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row]:
@@ -127,6 +127,8 @@ def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row
         if group.from_main(states[fold] is not FoldState.REPLACED and files.record.exists()):
             return fold_rows(files, status=Status.SKIPPED)  # another process was faster
         torch.set_num_threads(job.where.threads)
+        if job.start and job.where.device.type == "cpu":
+            keep_freed_memory()
         if group.is_main:
             if states[fold] is FoldState.REPLACED:
                 files.clear()
@@ -136,11 +138,11 @@ def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row
         seed_everything(job.fit.seed)
         bags, spec = job.cohort.parts(fold), job.spec_of(fold)
         train_and_test(
-            build_slide_model(spec), bags, files=files, options=job.fit, facts=job.facts(fold),
+            job.model(fold), bags, files=files, options=job.fit, facts=job.facts(fold),
             train_labels=bags["train"].labels, where=job.where, description={
                 "spec": asdict(spec), "class_names": bags["train"].table.class_names,
                 "target_names": bags["train"].table.target_names,
-                "encoder": job.cohort.encoder, "child_levels": list(job.child_levels)})
+                **job.cohort.origin(), "child_levels": list(job.child_levels)})
     return fold_rows(files, status=Status.DONE)
 
 
@@ -151,7 +153,8 @@ def plan_folds(job: Job, folds: range, *, overwrite: bool) -> dict[int, FoldStat
     from utils.engine import run_settings
 
     spec = job.spec_of(folds.start)
-    check_fit(job.fit, spec.objective(), processes=job.where.group.size)
+    check_fit(job.fit, spec.objective(), processes=job.where.group.size,
+              encoded_together=spec.options.get("batch_size"))
     with torch.device("meta"):
         build_slide_model(spec)  # what cannot be built is refused now
     settings = {fold: run_settings(job.fit, job.facts(fold), ranks=job.where.group.size)
@@ -203,27 +206,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     levels = options.child_dirs or options.child_levels
     spec = describe_model(options, task_type=task.task_type, n_classes=task.n_outputs,
                           n_levels=1 + len(levels))
+    end_to_end = is_end_to_end(spec.model_type)
+    check_sources(options, model_type=spec.model_type, end_to_end=end_to_end)
+    start = encoder_start(spec.model_type, **pick(PretrainedOptions, options))
     fit = FitOptions(**pick(FitOptions, options))
     check_precision(fit.precision, device)
     exp_code = safe_id(options.exp_code or f"{task.name}_{spec.model_type}", what="--exp_code")
-    split_folder = find_split_folder(
-        options.splits_root, options.split_dir or split_folder_name(task.name, options.label_frac),
-        task=task)
+    split_folder = find_split_folder(**pick(SplitPlace, options), task=task)
     cohort = load_cohort(
-        task, data_root=options.data_root_dir, split_folder=split_folder, folds=folds,
-        embed_dim=spec.embed_dim, allow_missing=options.allow_missing, tenth=options.testing,
-        cache=options.cache, processes=max(options.fold_workers, local_processes()),
-        pin=device.type == "cuda", child_levels=options.child_levels,
-        child_dirs=options.child_dirs, val_is_test=options.val_is_test,
-        allow_shared_patients=options.allow_shared_patients,
-        feature_encoder=options.feature_encoder)
+        task, split_folder=split_folder, folds=folds, embed_dim=spec.embed_dim,
+        processes=max(options.fold_workers, local_processes()), pin=device.type == "cuda",
+        patches=pick(PatchSourceOptions, options) if end_to_end else None,
+        draws=pick(DrawOptions, options) if end_to_end else None, **pick(CohortOptions, options))
     import torch
 
     folder = writable_folder(options.results_dir / f"{exp_code}_s{options.seed}",
                              what="results folder")
     threads = (options.num_threads or torch.get_num_threads()) // options.fold_workers
     with process_group(device) as group:
-        job = Job(folder=folder, cohort=cohort, spec=spec, fit=fit, where=Environment(
+        job = Job(folder=folder, cohort=cohort, spec=spec, fit=fit, start=start, where=Environment(
             device=device, group=group, threads=max(1, threads), log_data=options.log_data,
             log_dir=options.log_dir, progress=options.fold_workers == 1),
             balanced=options.class_weights == "balanced", child_levels=options.child_levels,
@@ -232,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if group.is_main:
             sweep_locks(folder)
             save_options(options, folder / "options.yaml")
-            write_settings(folder, exp_code, resolved(options), task=task.name,
-                           split_dir=split_folder)
+            write_settings(folder, exp_code, {**resolved(options), "embed_dim": spec.embed_dim},
+                           task=task.name, split_dir=split_folder)
         report = run_job(job, states, workers=options.fold_workers)
         if group.is_main:
             print(write_summary(folder, folds=folds, k=options.k))

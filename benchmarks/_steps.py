@@ -10,6 +10,7 @@ from utils.contracts import Bag, SlideModel
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 WIDTH = 1024
 
@@ -25,12 +26,21 @@ def training_step(model: str, *, precision: str, threads: int) -> Callable[[Bag]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     module = build_slide_model(SlideModelSpec(model_type=model, embed_dim=WIDTH, n_classes=2))
+    step = step_of(module, precision=precision)
+    step(bag_of(torch.zeros(16, WIDTH)))
+    return step
+
+
+def step_of(module: nn.Module, *, precision: str, device: str = "cpu") -> Callable[[Bag], None]:
+    """A function that trains ``module``, which is on ``device``, on a bag, as main.py does."""
+    import torch
+
     optimiser = torch.optim.Adam(module.train().parameters(), lr=1e-4, weight_decay=1e-5)
 
     def step(bag: Bag) -> None:
         losses = iter(cast(SlideModel, module).losses(bag))
         while True:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                 loss = next(losses, None)
             if loss is None:
                 break
@@ -38,7 +48,6 @@ def training_step(model: str, *, precision: str, threads: int) -> Callable[[Bag]
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    step(bag_of(torch.zeros(16, WIDTH)))
     return step
 
 

@@ -92,6 +92,10 @@ class BagDataset(Sequence[Bag]):
         part.keeps, part._kept = self.keeps, self._kept
         return part
 
+    def training(self, slide_ids: Iterable[str]) -> BagDataset:
+        """The bags as training wants them: the same, where a data set of patches draws anew."""
+        return self.subset(slide_ids)
+
     def verify(self) -> dict[str, str]:
         """Read every bag once (keeping it, if bags are kept); slide -> reason for the bad ones."""
         failures = {}

@@ -1,10 +1,13 @@
-"""The slides of a cross-validation: splits, and the bags that can be used, checked up front."""
+"""The slides of a cross-validation: splits, and the bags that can be used, checked up front.
+
+Bags hold features, or for end-to-end models patches; the rest is the same.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,39 @@ from typing import Any
 from datasets.bags import BagDataset, CacheMode
 from datasets.features import FeatureStore, StoreCheck
 from datasets.levels import level_stores
+from datasets.patch_bag_options import DrawOptions, PatchSourceOptions
+from datasets.patch_bags import PatchBags
+from datasets.patch_store import PatchStore
 from datasets.splits import Split, check_split, read_split, split_files, split_notes
 from datasets.table import SlideTable, load_table
 from datasets.tasks import Task
 from utils.errors import Refused
+from utils.options import option
 from utils.report import Row, Status
 from utils.storage import canonical, write_text
 
 VAL_IS_TEST = ("the test slides are the validation slides too (--val_is_test): the best epoch is "
                "chosen on them, so all figures are optimistic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortOptions:
+    """Flags of main.py that say which slides are used, and which features."""
+
+    data_root_dir: Path | None = option(None, help="folder with the feature folders (all models "
+                                        "but e2e)")
+    feature_encoder: str | None = option(None, help="which features, where a folder holds those "
+                                         "of several encoders")
+    child_levels: tuple[int, ...] = option((), low=0, help="finer levels of hag_mil, coarse to "
+                                           "fine: features in <folder>_level_<n>_corresponding")
+    child_dirs: tuple[Path, ...] = option((), help="feature folders of the finer levels, instead "
+                                          "of --child_levels")
+    cache: CacheMode = option("auto", help="keep features in memory")
+    allow_missing: bool = option(False, help="go on without slides that have no features")
+    allow_shared_patients: bool = option(False, help="accept splits that divide a patient's slides")
+    val_is_test: bool = option(False, help="legacy protocol: the test slides are the validation "
+                               "slides too, which makes the figures optimistic; reports say so")
+    testing: bool = option(False, help="try out on a tenth of the slides of each class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +63,29 @@ class Cohort:
     val_is_test: the legacy protocol, in which the test slides are the validation slides too; the
     splits stay as they are
     level_rows: patches of each slide on each finer level, coarse to fine
+    patches: what the patches of an end-to-end model are; None where bags hold features
+    draws: how those of a training slide are drawn
     """
 
     asked: Mapping[int, Split]
     splits: Mapping[int, Split]
-    bags: BagDataset
+    bags: BagDataset | PatchBags
     rows: Mapping[str, int]
     encoder: dict[str, Any] | None
     left_out: tuple[Row, ...]
     notes: tuple[str, ...]
     val_is_test: bool = False
     level_rows: tuple[Mapping[str, int], ...] = ()
+    patches: dict[str, Any] | None = None
+    draws: Mapping[str, Any] = field(default_factory=dict)
 
-    def parts(self, fold: int) -> dict[str, BagDataset]:
+    def parts(self, fold: int) -> dict[str, BagDataset | PatchBags]:
         """Bags of ``train``, ``val`` and ``test``."""
         ids = self.splits[fold].parts()
         if self.val_is_test:
             ids["val"] = ids["test"]
-        return {part: self.bags.subset(slides) for part, slides in ids.items()}
+        return {part: (self.bags.training if part == "train" else self.bags.subset)(slides)
+                for part, slides in ids.items()}
 
     def facts(self, fold: int) -> dict[str, Any]:
         """What decides a result: classes, encoder, which slides with which labels, and patches.
@@ -70,11 +102,16 @@ class Cohort:
         levels = [sum(rows[slide] for slide in used) for rows in self.level_rows]
         return {**({"val_is_test": True} if self.val_is_test else {}),
                 **({"n_patches_of_levels": levels} if levels else {}),
+                **({"patches": {**self.patches, **self.draws}} if self.patches else {}),
                 "class_names": list(table.output_names), "encoder": self.encoder,
                 "n_patches": sum(self.rows[slide] for slide in used),
                 "slides": hashlib.sha256(canonical(asked).encode()).hexdigest()[:16],
                 "left_out": [slide for ids in self.asked[fold].parts().values() for slide in ids
                              if slide in left_out]}
+
+    def origin(self) -> dict[str, Any]:
+        """What the bags were made of, for the record of a model."""
+        return {"encoder": self.encoder, "patches": self.patches}
 
     def overview(self) -> list[str]:
         """A line a fold: the slides of each part by class."""
@@ -99,26 +136,49 @@ class Cohort:
         return not self.bags.subset([slide_id]).verify()
 
 
-def find_split_folder(root: Path, name: str, *, task: Task) -> Path:
-    """``root/name``, or ``name`` as a path; ``Refused`` with the command that makes it."""
-    for path in (root / name, Path(name)):
-        if path.is_dir():
-            return path
-    raise Refused(f"split folder {root / name} does not exist: make it with python "
-                  f"create_splits_seq.py --task {task.name} (or {task.flags}), or name one with "
-                  "--split_dir")
+FEATURE_FLAGS: dict[str, Any] = {  # and their defaults
+    "data_root_dir": None, "feature_dir": None, "child_levels": (), "child_dirs": (),
+    "feature_encoder": None, "cache": "auto", "lazy_children": False, "data_h5_dir": None,
+    "encoder_ckpt": None}
+
+
+PATCH_FLAGS: dict[str, Any] = {item.name: item.default for kind in (PatchSourceOptions, DrawOptions)
+                               for item in fields(kind)}
+SLIDE_FLAGS = ("data_slide_dir", "slide_ext")
+
+
+def check_sources(flags: object, *, model_type: str, end_to_end: bool) -> None:
+    """``Refused`` when the slides' patches are not given, or a flag that does nothing is.
+
+    flags: options that have those of ``CohortOptions``, ``PatchSourceOptions``, ``DrawOptions``
+    """
+    idle = FEATURE_FLAGS if end_to_end else PATCH_FLAGS
+    if hasattr(flags, "lazy_children"):  # which take the slides too
+        idle = {name: idle[name] for name in idle if name not in SLIDE_FLAGS}
+    for name, default in idle.items():
+        if getattr(flags, name, default) != default:
+            what = "patches" if end_to_end else "features"
+            raise Refused(f"--{name} has no effect: {model_type} learns from {what}; leave it out")
+    if end_to_end and getattr(flags, "patches", None) is None:
+        raise Refused(f"--patches is missing: {model_type} learns from patches, an LMDB of "
+                      "create_patches_fp.py --save_lmdb, or its folder of coordinates with "
+                      "--data_slide_dir")
 
 
 def load_cohort(
-    task: Task, *, data_root: Path, split_folder: Path, folds: Iterable[int], embed_dim: int,
-    allow_missing: bool = False, tenth: bool = False, cache: CacheMode = "auto",
-    processes: int = 1, pin: bool = False, allow_shared_patients: bool = False,
-    val_is_test: bool = False, child_levels: Sequence[int] = (), child_dirs: Sequence[Path] = (),
+    task: Task, *, split_folder: Path, folds: Iterable[int], embed_dim: int,
+    data_root_dir: Path | None = None, patches: Mapping[str, Any] | None = None,
+    draws: Mapping[str, Any] | None = None, allow_missing: bool = False, testing: bool = False,
+    cache: CacheMode = "auto", processes: int = 1, pin: bool = False,
+    allow_shared_patients: bool = False, val_is_test: bool = False,
+    child_levels: Sequence[int] = (), child_dirs: Sequence[Path] = (),
     feature_encoder: str | None = None,
 ) -> Cohort:
     """Read and check the table, the splits of ``folds``, and the shape of every feature file.
 
-    tenth: keep a tenth of the slides of each class in each part, for a try-out
+    data_root_dir: of the features; or, for an end-to-end model, patches: keywords of
+    ``PatchStore.open``, and draws: those of ``PatchBags``
+    testing: keep a tenth of the slides of each class in each part, for a try-out
     cache, processes, pin: see ``BagDataset``
     val_is_test: the legacy protocol, in which the test slides are the validation slides too
     child_levels, child_dirs: finer levels of the bags, see ``levels.level_stores``
@@ -128,30 +188,50 @@ def load_cohort(
     table = load_table(task)
     asked = {fold: read_split(split_folder / f"splits_{fold}.csv", table,
                               allow_shared_patients=allow_shared_patients) for fold in folds}
-    if tenth:
+    if testing:
         asked = {fold: Split(*(_tenth(ids, table) for ids in split.parts().values()))
                  for fold, split in asked.items()}
-    wanted = {slide for split in asked.values() for ids in split.parts().values() for slide in ids}
-    store = FeatureStore.for_task(data_root, task, table, encoder=feature_encoder)
-    finer = level_stores(store, child_levels, child_dirs=child_dirs)
-    found = store.check([slide for slide in table.slide_ids if slide in wanted],
-                        embed_dim=embed_dim, allow_missing=allow_missing, levels=finer)
+    slides = {slide for split in asked.values() for ids in split.parts().values() for slide in ids}
+    wanted = [slide for slide in table.slide_ids if slide in slides]
+    bags: BagDataset | PatchBags
+    if patches is not None:
+        source = PatchStore.open(**patches)
+        found = source.check(wanted, allow_missing=allow_missing, table_ids=table.slide_ids)
+        bags = PatchBags(table.subset(found.usable), source, pin=pin, **(draws or {}))
+    else:
+        store = feature_store(task, table, data_root_dir, encoder=feature_encoder)
+        finer = level_stores(store, child_levels, child_dirs=child_dirs)
+        found = store.check(wanted, embed_dim=embed_dim, allow_missing=allow_missing, levels=finer)
+        bags = BagDataset(table.subset(found.usable), store, cache=cache, n_bytes=found.n_bytes,
+                          processes=processes, pin=pin, embed_dim=embed_dim, level_stores=finer,
+                          level_bytes=sum(level.n_bytes for level in found.levels))
     usable = set(found.usable)
     splits = {fold: Split(*(tuple(filter(usable.__contains__, ids))
                             for ids in split.parts().values())) for fold, split in asked.items()}
-    notes = [*table.notes, *found.notes]
-    if val_is_test:
-        notes.append(VAL_IS_TEST)
+    return Cohort(asked=asked, splits=splits, bags=bags, rows=found.rows,
+                  encoder=found.encoder, left_out=_rows(found), val_is_test=val_is_test,
+                  notes=_notes(table, splits, found, val_is_test=val_is_test),
+                  level_rows=tuple(level.rows for level in found.levels),
+                  patches=None if patches is None else source.facts(), draws=draws or {})
+
+
+def feature_store(task: Task, table: SlideTable, data_root: Path | None, *, encoder: str | None
+                  ) -> FeatureStore:
+    """The features of a task; ``Refused`` when it is not said where they are."""
+    if data_root is None:
+        raise Refused("--data_root_dir is missing: the folder with the features of "
+                      "extract_features_fp.py")
+    return FeatureStore.for_task(data_root, task, table, encoder=encoder)
+
+
+def _notes(table: SlideTable, splits: Mapping[int, Split], found: StoreCheck, *,
+           val_is_test: bool) -> tuple[str, ...]:
+    notes = [*table.notes, *found.notes, *([VAL_IS_TEST] if val_is_test else [])]
     for fold, split in splits.items():
         check_split(split, table, what=f"fold {fold} without its unusable slides",
                     allow_shared_patients=True)  # judged when the file was read
         notes += [f"fold {fold}: {note}" for note in split_notes(split, table)]
-    bags = BagDataset(table.subset(found.usable), store, cache=cache, n_bytes=found.n_bytes,
-                      processes=processes, pin=pin, embed_dim=embed_dim, level_stores=finer,
-                      level_bytes=sum(level.n_bytes for level in found.levels))
-    return Cohort(asked=asked, splits=splits, bags=bags, rows=found.rows,
-                  encoder=found.encoder, left_out=_rows(found), notes=tuple(notes),
-                  val_is_test=val_is_test, level_rows=tuple(level.rows for level in found.levels))
+    return tuple(notes)
 
 
 def _tenth(slide_ids: tuple[str, ...], table: SlideTable) -> tuple[str, ...]:

@@ -12,8 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from datasets.bags import BagDataset
+from datasets.cohort import feature_store
 from datasets.features import FeatureStore, StoreCheck
 from datasets.levels import find_level_roots, level_stores
+from datasets.patch_bags import PatchBags
+from datasets.patch_store import PatchStore
 from datasets.patches import PatchEncoder, SlidePatches
 from datasets.splits import read_split
 from datasets.table import SlideTable, listed, load_table
@@ -36,7 +39,8 @@ class EncoderOf(Protocol):
 class SlideOptions:
     """The flags that say where splits and features lie, those of finer levels too."""
 
-    data_root_dir: Path = option(help="folder with the feature folders")
+    data_root_dir: Path | None = option(None, help="folder with the feature folders (all models "
+                                        "but e2e)")
     splits_dir: Path | None = option(None, help="folder with splits_{k}.csv (default: the models')")
     feature_encoder: str | None = option(None, help="which features, where a folder holds those "
                                          "of several encoders")
@@ -60,12 +64,13 @@ class SlideOptions:
 class EvaluatedSlides:
     """What is evaluated. parts: slide ids of each fold; check: which of them can be used.
 
+    store: of the features, or of the patches of end-to-end models
     finer: stores of the finer levels, coarse to fine; lazy: what computes them instead
     """
 
     table: SlideTable
     parts: Mapping[int, tuple[str, ...]]
-    store: FeatureStore
+    store: FeatureStore | PatchStore
     check: StoreCheck
     finer: tuple[FeatureStore, ...] = ()
     lazy: LazyChildren | None = None
@@ -85,10 +90,26 @@ class EvaluatedSlides:
         """Slide -> patient."""
         return dict(zip(self.table.slide_ids, self.table.case_ids, strict=True))
 
-    def bags(self) -> BagDataset:
+    @property
+    def patches(self) -> dict[str, Any] | None:
+        """What the patches of end-to-end models are; None where bags hold features."""
+        return self.store.facts() if isinstance(self.store, PatchStore) else None
+
+    @property
+    def origin(self) -> str:
+        """Where the bags come from, for a reader."""
+        if isinstance(self.store, PatchStore):
+            return f"{self.store.root} (patches)"
+        encoder = (self.check.encoder or {}).get("name", "unknown encoder")
+        return f"{self.store.root} (width {self.check.width}, {encoder})"
+
+    def bags(self) -> BagDataset | PatchBags:
         """Bags of the slides that can be used."""
+        table = self.table.subset(self.check.usable)
+        if isinstance(self.store, PatchStore):
+            return PatchBags(table, self.store)
         return BagDataset(
-            self.table.subset(self.check.usable), self.store, n_bytes=self.check.n_bytes,
+            table, self.store, n_bytes=self.check.n_bytes,
             level_stores=self.finer, level_bytes=sum(one.n_bytes for one in self.check.levels),
             children=self.lazy.levels if self.lazy else None)
 
@@ -103,18 +124,24 @@ class EvaluatedSlides:
         for slide in self.check.usable:
             row = self.table.row_of[slide]
             truth = self.table.target_of(row) or int(self.table.labels[row])
-            files = [*(store.find(slide) for store in (self.store, *self.finer)),
-                     *(self.lazy.files(slide) if self.lazy else ())]
-            stamps[slide] = (slide, self.table.case_ids[row], truth, [
-                (stamp.st_size, stamp.st_mtime_ns) for stamp in map(Path.stat, files)])
+            stamps[slide] = (slide, self.table.case_ids[row], truth, self._stamps(slide))
         return {str(fold): hashlib.sha256(repr(
             [stamps.get(slide, slide) for slide in part]).encode()).hexdigest()
             for fold, part in self.parts.items()}
 
+    def _stamps(self, slide: str) -> list[tuple[int, int]]:
+        """Size and date of the files of a slide."""
+        if isinstance(self.store, PatchStore):
+            return self.store.stamps(slide)
+        files = [*(store.find(slide) for store in (self.store, *self.finer)),
+                 *(self.lazy.files(slide) if self.lazy else ())]
+        return [(stamp.st_size, stamp.st_mtime_ns) for stamp in map(Path.stat, files)]
+
 
 def find_slides(
-    task: Task, folds: Sequence[int], *, part: str, splits_dir: Path, data_root_dir: Path,
-    allow_missing: bool, allow_shared_patients: bool, feature_encoder: str | None = None,
+    task: Task, folds: Sequence[int], *, part: str, splits_dir: Path,
+    allow_missing: bool, allow_shared_patients: bool, data_root_dir: Path | None = None,
+    patches: Mapping[str, Any] | None = None, feature_encoder: str | None = None,
     child_levels: Sequence[int] = (),
     child_dirs: Sequence[Path] = (), lazy_children: bool = False, cache_root: Path | None = None,
     encoder_of: EncoderOf | None = None, encoder_ckpt: Path | None = None, **places: Any,
@@ -122,14 +149,19 @@ def find_slides(
     """Read and check table, splits and features before any work, or ``Refused``.
 
     splits_dir to encoder_ckpt: see ``SlideOptions``; places: its other flags
+    patches: of end-to-end models, keywords of ``PatchStore.open``
     cache_root: folder for lazy features; encoder_of: loads the encoder of features
     """
     table = load_table(task)
     parts = _read_parts(part, splits_dir, folds, table, allow_shared=allow_shared_patients)
-    store = FeatureStore.for_task(data_root_dir, task, table, encoder=feature_encoder)
-    slides = dict.fromkeys(slide for ids in parts.values() for slide in ids)
+    slides = list(dict.fromkeys(slide for ids in parts.values() for slide in ids))
+    if patches is not None:
+        source = PatchStore.open(**patches)
+        return EvaluatedSlides(table=table, parts=parts, store=source, check=source.check(
+            slides, allow_missing=allow_missing, table_ids=table.slide_ids))
+    store = feature_store(task, table, data_root_dir, encoder=feature_encoder)
     finer = () if lazy_children else level_stores(store, child_levels, child_dirs=child_dirs)
-    check = store.check(list(slides), allow_missing=allow_missing, table_ids=table.slide_ids,
+    check = store.check(slides, allow_missing=allow_missing, table_ids=table.slide_ids,
                         levels=finer)
     found = EvaluatedSlides(table=table, parts=parts, store=store, check=check, finer=finer)
     if not lazy_children:

@@ -38,7 +38,8 @@ class EncoderOptions:
 
     model_name: tuple[str, ...] = option(
         ("resnet50_trunc",), help="one or several encoders, each patch is read once for all of "
-        "them: see --list_encoders; timm:<name> for any model of timm")
+        "them: see --list_encoders; timm:<name> for any model of timm, e2e:<checkpoint> for the "
+        "encoder of an end-to-end model")
     list_encoders: bool = option(False, alone=True, help="print the table of encoders and stop")
     encoder_ckpt: tuple[str, ...] = option(
         (), metavar="PATH", help="weight file of the encoder (.pth, .bin, .pt, .safetensors), or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from wsi_core.hierarchy import wanted_children
 from wsi_core.scale import PatchScale
 
 CONFIGS = Path("heatmaps/configs")
+CLAM_ENCODER, CLAM_PX = "resnet50_trunc", 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,28 @@ class PatchingArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderArguments:
-    """``encoder_arguments``: the patch encoder."""
+    """``encoder_arguments``: the patch encoder; an end-to-end model has its own."""
 
-    model_name: str = option("resnet50_trunc", help="encoder")
-    target_img_size: int = option(224, help="px after resizing; -1: as read", low=-1)
+    model_name: str | None = option(None, help="encoder; null: resnet50_trunc, or that of an "
+                                    "end-to-end model")
+    target_img_size: int = option(CLAM_PX, help="px after resizing; -1: as read", low=-1)
     ckpt_path: Path | None = option(None, help="local weights of the encoder")
+
+    def refuse_others(self, names: Collection[str], *, side_px: int) -> None:
+        """``Refused`` when a key asks for another encoder than that of an end-to-end model.
+
+        names: what that is called; side_px: of a patch as it sees it. What CLAM's template holds
+        counts as not given.
+        """
+        own: list[tuple[str, Any, Collection[Any]]] = [
+            ("model_name", self.model_name, {None, CLAM_ENCODER, *names}),
+            ("target_img_size", self.target_img_size, {CLAM_PX, side_px}),
+            ("ckpt_path", self.ckpt_path, {None})]
+        for key, value, fine in own:
+            if value not in fine:
+                raise Refused(f"encoder_arguments: {key} is {value}, but the checkpoint is an "
+                              f"end-to-end model: its patches go through its own encoder "
+                              f"({next(iter(names))}, {side_px} px); leave the key out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,7 @@ def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> 
         with open_slide(item.slide_path) as slide:
             maps = SlideMaps(item, slide, folder=raw, tools=tools,
                              patching=config.patching_arguments, heatmap=config.heatmap_arguments)
+            tools.scale.warn(item.slide_id, maps.reading.output_px, maps.mpp_um)
             return _make_all(maps, config, production)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from datasets.heatmap_scale import TrainedScale
 from utils.contracts import Bag, LevelRows, SlideModel
 from utils.errors import ItemFailed
 from utils.objectives import TaskType
@@ -129,6 +130,7 @@ class Tools:
     in_bags: a patch's raw attention depends on the bag it is in, so patches of the fine map are
         scored in bags like the coarse one
     children: the finer levels of a hierarchy, coarse to fine
+    scale: of the patches that an end-to-end model was trained on
     """
 
     encode: Encode
@@ -138,3 +140,4 @@ class Tools:
     outputs: Outputs
     in_bags: bool = False
     children: tuple[Child, ...] = ()
+    scale: TrainedScale = field(default_factory=lambda: TrainedScale({}))

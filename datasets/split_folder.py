@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.splits import RECORD, Split, read_split, split_files
+from datasets.splits import RECORD, Split, read_split, split_files, split_folder_name
 from datasets.table import SlideTable, listed
+from datasets.tasks import Task
 from utils import __version__
 from utils.errors import BrokenFile, Refused
+from utils.options import option
 from utils.storage import (
     canonical,
     differences,
@@ -19,6 +21,29 @@ from utils.storage import (
     write_json,
     write_text,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPlace:
+    """Flags that say where the splits of a training lie."""
+
+    label_frac: float = option(1.0, help="share of training labels: names the split folder",
+                               low=0, high=1)
+    splits_root: Path = option(Path("splits"), help="folder that holds the folders of splits")
+    split_dir: str | None = option(None, help="folder under --splits_root, or a path (default: "
+                                   "<task>_<percent of labels>)")
+
+
+def find_split_folder(splits_root: Path, split_dir: str | None = None, *, task: Task,
+                      label_frac: float = 1.0) -> Path:
+    """See ``SplitPlace``; ``Refused`` with the command that makes it, where there is none."""
+    name = split_dir or split_folder_name(task.name, label_frac)
+    for path in (splits_root / name, Path(name)):
+        if path.is_dir():
+            return path
+    raise Refused(f"split folder {splits_root / name} does not exist: make it with python "
+                  f"create_splits_seq.py --task {task.name} (or {task.flags}), or name one with "
+                  "--split_dir")
 
 
 @dataclass(frozen=True)

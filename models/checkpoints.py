@@ -43,11 +43,16 @@ def state_dict_in(
 
 
 def plain_names(state: Mapping[str, torch.Tensor]) -> State:
-    """``state`` under today's names as far as they can be told without the model."""
+    """``state`` under today's names as far as they can be told without the model.
+
+    Of an end-to-end model: the slide model's names, and its encoder's with ``encoder.`` in front.
+    """
     cleaned = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    encoder = {name: value for name, value in _unwrap(cleaned, {})[0].items()
+               if name.startswith("encoder.")}
     for convert in _CONVERSIONS:
         cleaned, _ = convert(cleaned, {})
-    return cleaned
+    return {**encoder, **cleaned}
 
 
 def clean_state_dict(
@@ -187,6 +192,7 @@ def _key_problems(state: State, wanted: State) -> Iterator[str]:
 def _describe(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What a state dict of one of our models is, in words; empty for a model not known here."""
     kind = model_type_of(state)
+    state = {name.removeprefix("mil."): value for name, value in state.items()}
     if kind is None:
         return {}
     found = infer_spec(kind, state)

@@ -99,12 +99,23 @@ def timm_network(arch: str, arguments: Mapping[str, Any]) -> nn.Module:
     return timm.create_model(arch, num_classes=0, **settings)  # type: ignore[no-any-return]
 
 
+def timm_trunk(arch: str, stages: int) -> nn.Module:
+    """timm's ResNet ``arch`` without classifier and without the stages after the first ``stages``:
+    (B, 3, H, W) -> (B, D), the mean over positions of the last stage that is left."""
+    from torch import nn
+
+    network: Any = timm_network(arch, {})
+    for stage in range(stages + 1, 5):
+        setattr(network, f"layer{stage}", nn.Identity())
+    return network  # type: ignore[no-any-return]
+
+
 def _class_and_mean(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     vit = cast(Any, network)
-    return _joined(vit.forward_features(images), vit.num_prefix_tokens)
+    return class_and_mean_of(vit.forward_features(images), vit.num_prefix_tokens)
 
 
-def _joined(tokens: torch.Tensor, prefix: int) -> torch.Tensor:
+def class_and_mean_of(tokens: torch.Tensor, prefix: int) -> torch.Tensor:
     """(B, T, C) tokens -> (B, 2C): the class token, the mean of those after ``prefix``."""
     import torch
 
@@ -168,7 +179,7 @@ def _tokens(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 _OUTPUTS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     CLASS_TOKEN: lambda network, images: _tokens(network, images)[:, 0],
-    CLASS_AND_MEAN: lambda network, images: _joined(_tokens(network, images), 1),
+    CLASS_AND_MEAN: lambda network, images: class_and_mean_of(_tokens(network, images), 1),
     "pooled": _named("pooler_output"),
     "image embedding": _named("image_embeds")}
 

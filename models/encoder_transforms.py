@@ -38,6 +38,10 @@ class Transform:
         """Shorter side of a prepared patch; 0 = as read."""
         return self.crop_px or self.resize_px
 
+    def resized(self, target_px: int) -> Transform:
+        """The whole patch at another size (0 or less: as read), as the user asks."""
+        return Transform(resize_px=max(0, target_px), interpolation=self.interpolation)
+
     def apply(self, patch: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> the same, resized and cut as torchvision's Resize and CenterCrop."""
         if self.resize_px == 0:
@@ -51,6 +55,10 @@ class Transform:
             return patch
         top, left = (round((side - self.crop_px) / 2) for side in patch.shape[:2])
         return patch[top:top + self.crop_px, left:left + self.crop_px]
+
+    def pixels(self, mean: Triple, std: Triple) -> Pixels:
+        """It, and what follows on the device, for a network of these statistics."""
+        return ScaledPixels(self, mean, std)
 
     def record(self) -> dict[str, Any]:
         """What was done, for the features file."""

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 SHARDS = ".index.json"  # ending of a file that lists the parts of a checkpoint, as the hub does it
-_WRAPPERS = ("state_dict", "model_state_dict", "model")  # training checkpoints nest the weights
+# training checkpoints nest the weights; "teacher": their running mean alone
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
+CKPT_FLAG = "--encoder_ckpt (in a heatmap's config: ckpt_path)"
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -92,13 +94,15 @@ class Weights:
         return tensors
 
 
-def find_weights(name: str, source: WeightSource, checkpoint: Path | None = None) -> Weights:
-    """The weight file of encoder ``name``, or ``Refused`` saying which file to give."""
-    path = source.file or _given(name, source, checkpoint) or _packaged(source) or _cached(source)
+def find_weights(name: str, source: WeightSource, checkpoint: Path | None = None, *,
+                 flag: str = CKPT_FLAG) -> Weights:
+    """The weight file of encoder ``name``, or ``Refused`` saying which file to give by ``flag``."""
+    path = (source.file or _given(name, source, checkpoint, flag) or _packaged(source)
+            or _cached(source))
     if path is None and source.request is None:
         path = _downloaded(source)
     if path is None:
-        raise Refused(_missing(name, source))
+        raise Refused(_missing(name, source, flag))
     beside = {}
     if source.config:
         config = path.parent / source.config
@@ -171,9 +175,9 @@ def rename(state: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]
 
 # ---------------------------------------------------------------------------- places
 
-def _given(name: str, source: WeightSource, checkpoint: Path | None) -> Path | None:
+def _given(name: str, source: WeightSource, checkpoint: Path | None, flag: str) -> Path | None:
     from_env = os.environ.get(source.env) if source.env else None
-    path, origin = (checkpoint, "--encoder_ckpt (or ckpt_path)") if checkpoint else (
+    path, origin = (checkpoint, flag) if checkpoint else (
         Path(from_env) if from_env else None, source.env)
     if path is None or path.is_file():
         return path
@@ -258,7 +262,7 @@ def _downloaded_from(url: str) -> Path | None:
     return path
 
 
-def _missing(name: str, source: WeightSource) -> str:
+def _missing(name: str, source: WeightSource, flag: str) -> str:
     text = f"no weights for encoder '{name}': "
     if source.request:
         text += source.request + ", then "
@@ -270,7 +274,7 @@ def _missing(name: str, source: WeightSource) -> str:
                  + (f" (or {source.url})" if source.url else "") + " elsewhere and ")
     elif source.url:
         text += f"{source.url} cannot be reached; fetch it elsewhere and "
-    text += "give the file (or its folder) by --encoder_ckpt (in a heatmap's config: ckpt_path)"
+    text += f"give the file (or its folder) by {flag}"
     return text + (f" or {source.env}=path" if source.env else "")
 
 

@@ -21,6 +21,8 @@ from models.encoder_families import (
     build_timm,
     build_torchvision,
     build_transformers,
+    ctranspath_network,
+    timm_network,
 )
 from models.encoder_registry import (
     CLIP_MEAN,
@@ -105,7 +107,8 @@ def _timm(name: str, dim: int, hub_id: str, arch: str, arguments: dict[str, Any]
           **facts: Any) -> None:
     _add(name, dim, hub_id, transform=transform, output=output,
          build=partial(build_timm, arch=arch, arguments=arguments, output=output,
-                       dinov2_keys=dinov2_keys), **facts)
+                       dinov2_keys=dinov2_keys),
+         network=partial(timm_network, arch, arguments), **facts)
 
 
 DYNAMIC = {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
@@ -255,8 +258,9 @@ _clip("omiclip", 768, "WangGuangyuLab/Loki", "coca_ViT-L-14", hub_files=("checkp
 
 # ---------------------------------------------------------------------------- single ones
 
-_add("chief-ctranspath", 768, build=build_ctranspath, transform=SQUARE_224, licence=UNSURE,
-     aliases=("ctranspath", "chief_ctranspath"), source="https://github.com/hms-dbmi/CHIEF",
+_add("chief-ctranspath", 768, build=build_ctranspath, network=ctranspath_network,
+     transform=SQUARE_224, licence=UNSURE, aliases=("ctranspath", "chief_ctranspath"),
+     source="https://github.com/hms-dbmi/CHIEF",
      request="download CHIEF_CTransPath.pth as https://github.com/hms-dbmi/CHIEF says",
      patch_px=256, mpp_um=1.0)
 _add("musk", 1024, "xiangjx/musk", build=build_musk, gated=True, package="musk",

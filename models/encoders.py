@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from models.encoder_networks import ENCODERS, EncoderSpec, encoder_spec
-from models.encoder_registry import missing_package
-from models.encoder_transforms import Pixels, ScaledPixels, Transform
+from models.encoder_registry import E2E_PREFIX, missing_package
+from models.encoder_transforms import Pixels, Transform
 from models.encoder_weights import Weights, find_weights
 from utils.devices import Precision, autocast, check_precision, pick_device
 from utils.errors import Refused
@@ -72,7 +72,7 @@ def load_encoder(name: str, *, checkpoint: Path | None = None, target_px: int | 
     format_ = resolve_precision(precision, spec, device)
     check_precision(format_, place)
     transform = _transform(spec, target_px)
-    pixels: Pixels = ScaledPixels(transform, spec.mean, spec.std)
+    pixels = transform.pixels(spec.mean, spec.std)
     if spec.plugin:
         network, pixels = spec.plugin(place, transform)
     else:
@@ -87,6 +87,8 @@ def matching_encoder(record: Mapping[str, Any], *, checkpoint: Path | None = Non
     """What loads the very encoder that made features of this ``record``; ``Refused`` when the
     weights found are others."""
     name, precision = str(record["name"]), record.get("precision", "fp32")
+    if checkpoint and name.startswith(E2E_PREFIX):  # there the checkpoint is the encoder
+        name, checkpoint = f"{E2E_PREFIX}{checkpoint}", None
     spec, weights = _find(name, checkpoint, plugins, trust_remote_code)
     asked = (record.get("target_px", 224), None)  # a size that was asked for, or the encoder's own
     others = [differences(record, _record(spec, weights, _transform(spec, target_px), precision))
@@ -148,7 +150,7 @@ class Encoder:
         self.overflowed = 0
         self._weights = weights
         self._network = network.to(device).to(memory_format=torch.channels_last)
-        self._pixels = pixels or ScaledPixels(transform, spec.mean, spec.std)
+        self._pixels = pixels or transform.pixels(spec.mean, spec.std)
         self._frozen: dict[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]] = {}
         self._most = CPU_BATCH if device.type == "cpu" else 2**31  # patches in one forward pass
         self.dim = self._check_width(transform.resize_px or spec.default_px)
@@ -282,9 +284,9 @@ def _find(name: str, checkpoint: Path | None, plugins: Sequence[Path], trusted: 
     if spec.remote_code and not trusted:
         raise Refused(f"encoder '{spec.name}' runs Python code that comes with its weights "
                       f"({spec.source}): read it, then allow it with --trust_remote_code")
-    if spec.plugin and checkpoint:
-        raise Refused(f"encoder '{spec.name}' comes from a plug-in, which loads its weights "
-                      "itself: leave --encoder_ckpt out")
+    if spec.weights.file and checkpoint:
+        raise Refused(f"encoder '{spec.name}' comes with its weights (a plug-in, an end-to-end "
+                      "model): leave --encoder_ckpt out")
     weights = find_weights(spec.name, spec.weights, checkpoint)
     if command := missing_package(spec):
         raise Refused(f"encoder '{spec.name}' needs the package {spec.package}: {command}")
@@ -293,9 +295,7 @@ def _find(name: str, checkpoint: Path | None, plugins: Sequence[Path], trusted: 
 
 def _transform(spec: EncoderSpec, target_px: int | None) -> Transform:
     own = spec.transform or Transform()
-    if target_px is None:
-        return own
-    return Transform(resize_px=max(0, target_px), interpolation=own.interpolation)
+    return own if target_px is None else own.resized(target_px)
 
 
 def _record(spec: EncoderSpec, weights: Weights, transform: Transform, precision: Precision

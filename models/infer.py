@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from models.attention import ATTENTION_WIDTH
+from models.model_names import E2E, is_end_to_end, mil_name
 
 Weights = Mapping[str, torch.Tensor]
 POOLING = "mean or max"  # they have the same weights
@@ -21,21 +22,25 @@ POOLING = "mean or max"  # they have the same weights
 def model_type_of(state: Weights) -> str | None:
     """The ``model_type`` that has weights of these names, ``POOLING`` for two that share them.
 
-    None for a model not known here.
+    End to end (``encoder.`` and ``mil.``) it is ``e2e_<encoder>_<slide model>`` where the encoder
+    is a published one, else that of the slide model alone. None for a model not known here.
     """
+    slide = _slide_part(state)
     for model_type, names in _SIGNS:
-        if all(any(re.match(name, found) for found in state) for name in names):
-            return model_type
+        if all(any(re.match(name, found) for found in slide) for name in names):
+            encoder = _encoder_of(state)
+            return f"{E2E}{encoder}_{model_type}" if encoder else model_type
     return None
 
 
 def infer_spec(model_type: str, state: Weights) -> dict[str, Any]:
     """Fields of ``SlideModelSpec`` that the weights of such a model tell; ``options`` among them.
 
-    state: tensors under the names of our model. What the weights do not tell is left out.
+    state: tensors under the names of our model. What the weights do not tell is left out; of an
+    end-to-end model only the slide model's part is asked.
     """
-    read = _READERS.get(model_type)
-    found = read(state) if read else {}
+    read = _READERS.get(mil_name(model_type) if is_end_to_end(model_type) else model_type)
+    found = read(_slide_part(state)) if read else {}
     if "options" in found:
         found["options"] = _known(found["options"])
     return _known(found)
@@ -53,6 +58,24 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("abmil", (r"attention_net\.0\.weight$",)),
     (POOLING, (r"head\.0\.weight$", r"head\.3\.weight$")),
 )
+
+
+def _slide_part(state: Weights) -> dict[str, torch.Tensor]:
+    """The slide model inside an end-to-end model; of any other all there is."""
+    return {name.removeprefix("mil."): value for name, value in state.items()
+            if not name.startswith("encoder.")}
+
+
+def _encoder_of(state: Weights) -> str | None:
+    """The published encoder beside a slide model; r50 and r50v2 differ in their start alone."""
+    bottleneck = "encoder.model.layer1.0.conv3.weight" in state
+    depths = tuple(_count(state, rf"encoder\.model\.layer{stage}\.(\d+)\.") or 0
+                   for stage in range(1, 5))
+    return _RESNETS.get((bottleneck, depths))
+
+
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {  # bottlenecks?, blocks of each stage
+    (False, (2, 2, 2, 0)): "r18", (False, (2, 2, 2, 2)): "r18a", (True, (3, 4, 6, 0)): "r50v2"}
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:

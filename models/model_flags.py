@@ -8,16 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from models.model_names import MIL_NAMES, split_name
 from models.options import (
     MODEL_OPTIONS,
     AbmilxOptions,
     DsmilOptions,
+    E2EOptions,
     HagOptions,
-    NoOptions,
     TransmilOptions,
+    options_kind,
     pick_options,
 )
-from models.slide_models import SLIDE_MODELS, SlideModelSpec
+from models.slide_models import SlideModelSpec
 from utils.errors import Refused
 from utils.objectives import TASK_LOSSES, TaskType
 from utils.options import option
@@ -25,14 +27,18 @@ from utils.options import option
 LOSS_NAMES = [name for names in TASK_LOSSES.values() for name in names]
 DEFAULT_BAG_WEIGHT = {"hag_mil": 0.5}
 CLAM_BAG_WEIGHT = 0.7
+DEFAULT_WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags(AbmilxOptions, TransmilOptions, DsmilOptions, HagOptions):
+class ModelFlags(AbmilxOptions, TransmilOptions, DsmilOptions, HagOptions, E2EOptions):
     """What all models share, then what single families add."""
 
-    model_type: str = option("clam_sb", help="slide model", choices=list(SLIDE_MODELS))
-    embed_dim: int = option(1024, help="width of the features", low=1)
+    model_type: str = option("clam_sb", help=f"slide model: {', '.join(MIL_NAMES)}; or "
+                             "e2e_<encoder>_<one of them>, trained from patches, encoder: r18, "
+                             "r18a, r50, r50v2, efficientnet_lite0 or any timm model")
+    embed_dim: int | None = option(None, help="width of the features (default: 1024; that of its "
+                                   "encoder for an e2e model)", low=1)
     bag_loss: str | None = option(
         None, choices=LOSS_NAMES, help="slide loss (default: ce, bce, mse or nll_surv by the task)")
     label_smoothing: float = option(0.0, low=0, high=0.99, help="share of the target spread over "
@@ -65,15 +71,16 @@ def describe_model(flags: ModelFlags, *, task_type: TaskType, n_classes: int,
 
     n_classes: classes, labels or values of the task; for survival the bins decide
     """
+    encoder, mil = split_name(flags.model_type)
     _refuse_foreign(flags)
     loss = flags.bag_loss or TASK_LOSSES[task_type][0]
     if task_type == "survival":
         n_classes = 1 if loss == "cox" else flags.n_bins
     weight = flags.bag_weight
     if weight is None:
-        weight = DEFAULT_BAG_WEIGHT.get(flags.model_type, CLAM_BAG_WEIGHT)
+        weight = DEFAULT_BAG_WEIGHT.get(mil, CLAM_BAG_WEIGHT)
     return SlideModelSpec(
-        model_type=flags.model_type, embed_dim=flags.embed_dim, n_classes=n_classes,
+        model_type=flags.model_type, embed_dim=_width(flags, encoder), n_classes=n_classes,
         model_size=flags.model_size, dropout=flags.drop_out, gated=not flags.ungated,
         k_sample=flags.B if flags.B > 0 else 8, subtyping=flags.subtyping, bag_loss=loss,
         inst_loss="svm" if flags.inst_loss == "svm" else "ce", bag_weight=weight,
@@ -82,10 +89,23 @@ def describe_model(flags: ModelFlags, *, task_type: TaskType, n_classes: int,
         n_levels=n_levels, options=pick_options(flags.model_type, flags))
 
 
+def _width(flags: ModelFlags, encoder: str) -> int:
+    """Width of the features; ``Refused`` when an encoder has another one than was given."""
+    if not encoder:
+        return flags.embed_dim or DEFAULT_WIDTH
+    from models.e2e_encoders import encoder_width
+
+    width = encoder_width(encoder, img_size=flags.img_size)
+    if flags.embed_dim not in (None, width):
+        raise Refused(f"--embed_dim is {flags.embed_dim}, but encoder {encoder} gives {width} "
+                      "numbers a patch: leave it out")
+    return width
+
+
 def _refuse_foreign(flags: ModelFlags) -> None:
     """``Refused`` for a changed flag of another model family: it would do nothing."""
-    own = {item.name for item in fields(MODEL_OPTIONS.get(flags.model_type, NoOptions))}
-    for family, kind in MODEL_OPTIONS.items():
+    own = {item.name for item in fields(options_kind(flags.model_type))}
+    for family, kind in {**MODEL_OPTIONS, "e2e models": E2EOptions}.items():
         for item in fields(kind):
             if item.name not in own and getattr(flags, item.name) != item.default:
                 raise Refused(f"--{item.name} belongs to {family}, it has no effect on "

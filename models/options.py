@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from models.model_names import is_end_to_end, mil_name
 from utils.errors import Refused
 from utils.options import build, from_mapping, load_yaml, option, pick
 
@@ -97,27 +99,79 @@ class HagOptions:
         "instead of holding it: less memory, a third more time (hag_mil)", low=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class E2EOptions:
+    """Encoder and augmentation of an end-to-end model (spec abmilx.md 4, 5, 7)."""
+
+    train_blocks: int | None = option(
+        None, help="train only the last so many blocks of the encoder (stages of a CNN, blocks of "
+        "a transformer), 0 = none (e2e; default: all)", low=0)
+    enc_bn: Literal["frozen", "batch", "sync"] = option(
+        "frozen", help="batch norms of the encoder (e2e): with the statistics of its weights, of "
+        "the patches encoded together, or of those of all processes")
+    enc_grad: Literal["auto", "graph", "cached", "checkpointed"] = option(
+        "auto", help="memory of training (e2e): hold everything (graph), encode each chunk again "
+        "in the backward pass (cached), each block of the encoder (checkpointed); the gradient is "
+        "the same; auto: graph for one chunk, else cached")
+    batch_size: int = option(1, help="slides encoded together (e2e); --accumulate slides make a "
+                             "step", low=1)
+    p_batch_size: int = option(128, help="patches in a chunk of the encoder in training (e2e)",
+                               low=1)
+    p_batch_size_v: int = option(256, help="the same in evaluation (e2e)", low=1)
+    img_size: int = option(224, help="px of a patch as the encoder sees it (e2e)", low=16)
+    img_transform: Literal["none", "weak", "weak_strong", "strong", "strong_v2"] = option(
+        "none", help="augmentation (e2e): weak: a crop of each patch; weak_strong: moved by up to "
+        "100/256, then a crop; strong: flips and a crop; strong_v2: flips, moved by up to half, a "
+        "crop")
+    crop_scale: float = option(0.08, help="smallest share of a patch's area in a crop (e2e)",
+                               low=0.001, high=1)
+    channels: Literal["RGB", "BGR"] = option(
+        "RGB", help="order of the channels (e2e): BGR for weights of ABMILX's own programs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedOptions:
+    """Where the encoder of an end-to-end model starts; of training alone."""
+
+    enc_init: Path | None = option(
+        None, help="weight file of the encoder (e2e), or a folder with one a fold "
+        "(s_{k}_checkpoint.pt or ABMILX's fold_{k}_model_best.pt); default: ImageNet weights, "
+        "looked for as extract_features_fp.py does")
+    no_enc_pt: bool = option(False, help="start the encoder (e2e) from random weights")
+
+
 MODEL_OPTIONS: dict[str, type] = {
     "abmilx": AbmilxOptions, "transmil": TransmilOptions, "dsmil": DsmilOptions,
     "hag_mil": HagOptions}
 
 
+@cache
+def options_kind(model_type: str) -> type:
+    """The dataclass of a model's options; of an end-to-end model those of both its parts."""
+    if not is_end_to_end(model_type):
+        return MODEL_OPTIONS.get(model_type, NoOptions)
+    kind = MODEL_OPTIONS.get(mil_name(model_type), NoOptions)
+    both = type(kind.__name__, (E2EOptions, kind), {"__doc__": E2EOptions.__doc__})
+    return dataclass(frozen=True, kw_only=True)(both)
+
+
 def options_of(model_type: str, values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """All options of a model, from some or none of them; ``Refused`` for unknown or bad ones."""
-    kind = MODEL_OPTIONS.get(model_type, NoOptions)
+    kind = options_kind(model_type)
     found: Any = build(kind, from_mapping(kind, values, source=source), prefix=f"{source}: ")
     return {item.name: getattr(found, item.name) for item in fields(found)}
 
 
 def pick_options(model_type: str, flags: object) -> dict[str, Any]:
     """The options of a model out of an object that has those of all."""
-    return pick(MODEL_OPTIONS.get(model_type, NoOptions), flags)
+    return pick(options_kind(model_type), flags)
 
 
 def read_model_options(path: Path) -> dict[str, Any]:
     """Options of any model family out of a YAML file, a preset for example; what else it holds is
     left out. ``Refused`` for bad values, and for a file without any."""
-    hints = {item.name: kind for kind in MODEL_OPTIONS.values() for item in fields(kind)}
+    hints = {item.name: kind for kind in (*MODEL_OPTIONS.values(), E2EOptions)
+             for item in fields(kind)}
     found = {}
     for key, value in load_yaml(path).items():
         if key in hints:

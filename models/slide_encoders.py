@@ -1,7 +1,8 @@
 """From the patch features of a slide to one vector: pooling, a trained slide model, a plug-in.
 
 ``mean``, ``max``, ``mean_max``      of each feature over the patches
-``checkpoint:PATH``                  the slide embedding of a model that main.py trained
+``checkpoint:PATH``                  the slide embedding of a model that main.py trained (an
+                                     end-to-end model takes the features of its own encoder)
 ``FILE.py:NAME``                     a plug-in: the file defines
 
     def register_slide_encoders(registry): ...
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.trained import TrainedModel, load_trained, output_names
+from models.e2e_patches import aggregator
+from models.trained import TrainedModel, load_as_described
 from utils.contracts import Bag
 from utils.devices import pick_device
-from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.errors import ItemFailed, Refused
 from utils.registry import Registry
-from utils.storage import file_sha256, read_json
+from utils.storage import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -111,16 +113,12 @@ def load_slide_encoder(text: str, *, device: str = "cpu") -> SlideEncoder:
 
 
 def _load_model(path: Path, device: torch.device) -> SlideEncoder:
-    beside = path.with_suffix(".json")
-    try:
-        names = output_names(read_json(beside)) if beside.exists() else ()
-    except BrokenFile as error:
-        raise Refused(f"checkpoint {error}") from None
-    trained = load_trained(path, class_names=names)
+    trained = load_as_described(path)
     if trained.spec.n_levels > 1:
         raise Refused(f"checkpoint {path} ({trained.spec.model_type}) takes several "
                       "magnifications, a slide encoder takes the features of one")
-    network = trained.build().eval().requires_grad_(False).to(device)
+    trained, network = aggregator(trained, trained.build())
+    network = network.eval().requires_grad_(False).to(device)
 
     def encode(features: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
         bag = Bag(slide_id="", features=features, coords=coords.cpu().numpy())

@@ -7,10 +7,11 @@ and heat-maps rebuild the model without flags. Importing this module does not im
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from models.options import options_of
+from models.model_names import mil_name, split_name
+from models.options import E2EOptions, options_of
 from utils.errors import Refused
 from utils.objectives import TASK_LOSSES, Objective, TaskType, build_objective
 from utils.registry import Registry
@@ -31,7 +32,8 @@ NO_COX = (*CLASSES_ONLY, "dsmil", "hag_mil")
 class SlideModelSpec:
     """What a slide model is made of; ``Refused`` at once when a value makes no sense.
 
-    model_type: a name in ``SLIDE_MODELS``; embed_dim: width of the features;
+    model_type: a name in ``SLIDE_MODELS``, or ``e2e_<encoder>_<one of them>``, which makes its
+    features itself; embed_dim: width of the features;
     n_classes: outputs: classes, or labels, values, bins of time (Cox: 1) of another task;
     model_size: width of the attention, small 256 or big 384 (``mil`` has none);
     dropout: after the trunk; attention_dropout: in the attention, None = as CLAM does, 0.25
@@ -90,14 +92,15 @@ class SlideModelSpec:
 
     def _check_task(self) -> None:
         """``Refused`` where the model cannot learn this task."""
+        mil = mil_name(self.model_type)
         if self.task_type != "classification":
-            if self.model_type in CLASSES_ONLY:
+            if mil in CLASSES_ONLY:
                 raise Refused(f"model: {self.model_type} tells classes apart, it knows no "
                               f"{self.task_type}: choose another --model_type")
-            if self.model_type in CLASSES_WITH_CLUSTERING and self.instance_clustering:
+            if mil in CLASSES_WITH_CLUSTERING and self.instance_clustering:
                 raise Refused(f"model: the instance clustering of {self.model_type} needs classes, "
                               f"not {self.task_type}: give --no_inst_cluster")
-        if self.bag_loss == "cox" and self.model_type in NO_COX:
+        if self.bag_loss == "cox" and mil in NO_COX:
             raise Refused(f"model: {self.model_type} has several losses a slide, Cox needs one "
                           "number a slide: choose --bag_loss nll_surv or another --model_type")
 
@@ -123,9 +126,22 @@ SLIDE_MODELS: Registry[Callable[[SlideModelSpec], nn.Module]] = Registry("slide 
 def build_slide_model(spec: SlideModelSpec) -> nn.Module:
     """A fresh model (``utils.contracts.SlideModel``) with PyTorch's default initialisation.
 
-    Under one ``torch.manual_seed`` equal specs give equal weights. ``Refused`` for unknown names.
+    The encoder of an end-to-end model has no trained weights yet: ``load_pretrained`` in
+    ``models.e2e_encoders``. Under one ``torch.manual_seed`` equal specs give equal weights.
+    ``Refused`` for unknown names.
     """
-    return SLIDE_MODELS.get(spec.model_type)(spec)
+    encoder, mil = split_name(spec.model_type)
+    build = SLIDE_MODELS.get(mil)
+    if not encoder:
+        return build(spec)
+    from models.e2e import EndToEnd
+    from models.e2e_encoders import build_encoder
+
+    own = {item.name for item in fields(E2EOptions)}
+    options = {name: value for name, value in spec.options.items() if name in own}
+    aggregator = build(replace(spec, model_type=mil, options={
+        name: value for name, value in spec.options.items() if name not in own}))
+    return EndToEnd(build_encoder(encoder), aggregator, **options)
 
 
 @SLIDE_MODELS.register("clam_sb")

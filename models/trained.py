@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from models.options import options_of
-from models.slide_models import SLIDE_MODELS, SlideModelSpec, build_slide_model
+from models.model_names import is_end_to_end, known_name
+from models.options import options_of, read_model_options
+from models.slide_models import SlideModelSpec, build_slide_model
 from utils.errors import BrokenFile, Refused
-from utils.options import from_mapping
+from utils.objectives import TaskType
+from utils.options import from_mapping, option
 from utils.storage import file_sha256, load_torch, read_json
 from utils.training_state import STATE_FILE
 
@@ -25,6 +27,23 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = {"model_type": "clam_sb", "embed_dim": 1024}  # where neither weights nor flags tell
 AVERAGED = "_ema_"  # in the file names of checkpoints whose weights are a running mean
 _FLAG_OF = {"dropout": "drop_out"}  # where a field of the spec and its flag differ in name
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Flags that say which checkpoints, and what their weights do not tell."""
+
+    weights: Literal["main", "ema"] = option("main", help="which weights of a training with "
+                                             "--test_type both or both_ema")
+    model_type: str | None = option(
+        None, help="this and the next four are read from s_{k}_checkpoint.json where it exists, "
+        "else from the weights as far as they tell")
+    model_size: Literal["small", "big"] | None = option(None, help="width of the attention")
+    drop_out: float | None = option(None, help="dropout of the training", low=0, high=0.99,
+                                    bare=0.25)
+    embed_dim: int | None = option(None, help="width of the features", low=1)
+    model_options: Path | None = option(None, help="yaml file with options of the model, for "
+                                        "example its preset", metavar="YAML")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +92,22 @@ class TrainedModel:
                               "give them with --child_levels or --child_dirs" if wanted else
                               "leave --child_levels and --child_dirs out"))
         return found
+
+    @property
+    def end_to_end(self) -> bool:
+        """Does it make its features itself, of patches?"""
+        return is_end_to_end(self.spec.model_type)
+
+    def patch_notes(self, patches: Mapping[str, Any] | None) -> list[str]:
+        """A line when these patches are of sizes or scales that the training did not have.
+
+        patches: px, mpp_um: lists of what there is, as ``datasets.patch_store`` tells
+        """
+        trained, found = self.record.get("patches") or {}, patches or {}
+        others = [f"{key} {found[key]} (training: {trained[key]})" for key in ("mpp_um", "px")
+                  if key in trained and not set(found.get(key, ())) <= set(trained[key])]
+        return [f"{self.path.name}: other patches than in training: {', '.join(others)}"
+                ] if others else []
 
     def check_features(self, width: int, encoder: Mapping[str, Any] | None) -> None:
         """``Refused`` when features have another width, or come from another encoder.
@@ -130,10 +165,41 @@ def load_trained(path: Path, *, class_names: Sequence[str], fold: int | None = N
         remedy = "" if record else ": give model_type, model_size and embed_dim as in training"
         raise Refused(f"checkpoint {path}: {str(error).removeprefix('checkpoint: ')}{remedy}"
                       ) from None
+    if record is None and is_end_to_end(spec.model_type) and spec.options["channels"] == "RGB":
+        notes = [*notes, "taken to be trained on RGB; ABMILX's own programs train on BGR: give "
+                 "those of them model_options with channels: BGR"]
     return TrainedModel(path=path, spec=spec, state=clean, sha256=sha256,
                         encoder=(record or {}).get("encoder"), described=record is not None,
                         record=record or {},
                         notes=tuple(f"{path.name}: {note}" for note in [*notes, *converted]))
+
+
+def load_folds(folder: Path, folds: Sequence[int], *, class_names: Sequence[str],
+               task_type: TaskType, weights: str = "main", drop_out: float | None = None,
+               model_options: Path | None = None, v_patch: tuple[float, ...] = (), **flags: Any
+               ) -> dict[int, TrainedModel]:
+    """The checkpoint of each fold of a training; arguments as ``CheckpointOptions``.
+
+    v_patch: of hag_mil, other than in training. ``Refused`` as ``load_trained``.
+    """
+    middle = "" if weights == "main" else f"{weights}_"
+    options = model_options and read_model_options(model_options)
+    models = {fold: load_trained(
+        folder / f"s_{fold}_{middle}checkpoint.pt", fold=fold, class_names=class_names,
+        task_type=task_type, dropout=drop_out, options=options, **flags) for fold in folds}
+    if v_patch:
+        models = {fold: model.with_options(v_patch=v_patch) for fold, model in models.items()}
+    return models
+
+
+def load_as_described(path: Path) -> TrainedModel:
+    """A checkpoint that nothing is asked of but what it says itself; see ``load_trained``."""
+    beside = path.with_suffix(".json")
+    try:
+        names = output_names(read_json(beside)) if beside.exists() else ()
+    except BrokenFile as error:
+        raise Refused(f"checkpoint {error}") from None
+    return load_trained(path, class_names=names)
 
 
 def _inferred_spec(state: Mapping[Any, Any], class_names: Sequence[str],
@@ -144,7 +210,7 @@ def _inferred_spec(state: Mapping[Any, Any], class_names: Sequence[str],
 
     weights = plain_names(state)
     told = model_type_of(weights)
-    kind = str(given.get("model_type") or (told if told in SLIDE_MODELS else None)
+    kind = str(given.get("model_type") or (told if told and known_name(told) else None)
                or DEFAULT_MODEL["model_type"])
     found = {**DEFAULT_MODEL, **infer_spec(kind, weights), "model_type": kind}
     if class_names:

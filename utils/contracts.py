@@ -5,7 +5,7 @@ These shapes are the only thing the engine, the models and the data sets share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,17 +37,33 @@ class LevelRows(Protocol):
         ...
 
 
+class PatchImages(Protocol):
+    """Pixels of a bag's patches, for models that encode them themselves; held or read when asked.
+
+    Patches may differ in size between scales, never within a chunk.
+    """
+
+    def __len__(self) -> int: ...
+
+    def stream(self, most: int) -> Iterator[torch.Tensor]:
+        """All patches in order, as (n, h, w, 3) uint8 RGB tensors of at most ``most`` patches, on
+        the CPU (pinned where a GPU follows). May be called any number of times, with the same
+        answer. ``ItemFailed`` naming the slide when one cannot be read."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bag:
     """One slide (or patient) as a bag of instances.
 
     features: (N, D) float tensor, rows in the order of ``coords``; of several magnifications the
-              coarsest
+              coarsest; (N, 0) where the model makes them of ``patches``
     coords:   (N, 2) integers, top-left x, y of each patch in level-0 pixels; None when unknown
     label:    class index; None when there is none (inference, or another task)
     target:   what other tasks predict: multi-label T of 0 and 1 (NaN = unknown), regression T
               values, survival (time, event) with event 1 = seen, 0 = censored
     children: the finer levels, coarse to fine; empty for one magnification
+    patches:  pixels of the N patches, for end-to-end models; None for all others
     """
 
     slide_id: str
@@ -57,6 +73,7 @@ class Bag:
     target: tuple[float, ...] | None = None
     case_id: str = ""
     children: tuple[LevelRows, ...] = ()
+    patches: PatchImages | None = None
 
     def __len__(self) -> int:
         return int(self.features.shape[0])
@@ -160,6 +177,25 @@ class SlideModel(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+class JointEncoder(SlideModel, Protocol):
+    """A slide model that makes the features of several bags at once, with gradient.
+
+    batch_size: bags encoded at once; their patches share the statistics of a batch
+    """
+
+    batch_size: int
+
+    def encode(self, bags: Sequence[Bag]) -> Generator[Bag, None, None]:
+        """The bags in order, with ``features`` (leaves that collect gradient) and no ``patches``.
+
+        The caller back-propagates its losses of each bag before it asks for the next; when it asks
+        after the last, what the features collected goes back through the encoder. Closed before,
+        nothing does. With statistics shared by all processes every one must call this equally
+        often, if need be with no bags.
+        """
+        ...
 
 
 class TissuePredictor(Protocol):

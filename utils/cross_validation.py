@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from utils.contracts import Bag, SlideModel
+from utils.devices import Precision
 from utils.distributed import Group
 from utils.errors import ItemFailed
-from utils.folds import FoldFiles, finish_fold, write_results
+from utils.folds import FoldFiles, finish_fold, write_record, write_results
 from utils.metrics import SlideMetrics
-from utils.objectives import TaskMetrics
+from utils.objectives import Objective, TaskMetrics
 from utils.parallel import Outcome, describe_os_error, run_items
 from utils.report import Row
+from utils.storage import load_torch
 from utils.tracking import TensorBoardTracker, Tracker
 
 if TYPE_CHECKING:
@@ -99,28 +101,66 @@ def train_and_test(
     train_labels: (n,) classes (or strata) of the training bags, needed for ``weighted_sample``
     Raises ``FitFailed`` (see ``engine.fit``); then there is no record.
     """
-    from utils.engine import fit, predict
+    from utils.engine import fit
 
-    objective = cast(SlideModel, model).objective
     tracker = where.tracker(files)
+    mean = [files.of_mean] if options.tests_both else []
     try:
         fitted = fit(model, bags["train"], bags["val"], options=options, folder=files.work,
                      checkpoint=files.checkpoint, device=where.device, parameters=facts,
+                     mean_checkpoint=mean[0].checkpoint if mean else None,
                      train_labels=train_labels, tracker=tracker, group=where.group,
                      title=f"fold {files.fold}", progress=where.progress)
-        answers = {part: predict(model, bags[part], device=where.device, group=where.group,
-                                 precision=options.precision) for part in ("val", "test")}
-        metrics = {part: one.metrics(objective) for part, one in answers.items()}
-        tracker.scalars(_final_scalars(metrics), 0)
+        tested = [_test(model, bags, one, where=where, precision=options.precision)
+                  for one in (files, *mean)]
+        for one in tested:
+            tracker.scalars(one.scalars(), 0)
     finally:
         tracker.close()
     if where.group.is_main:
-        write_results(files, answers["test"], task_type=objective.task_type,
-                      names=description.get("target_names", ()))
-        finish_fold(files, {
-            **description, **_record(fitted, answers, metrics), "task_type": objective.task_type,
-            "settings": _settings(options, facts, where.group)})
+        _write(tested, fitted, {**description, "settings": _settings(options, facts, where.group)})
     where.group.wait()  # nobody asks for the record before it is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """The answers of one checkpoint of a fold and their figures, by part (val, test)."""
+
+    files: FoldFiles
+    answers: dict[str, Predictions]
+    metrics: dict[str, TaskMetrics]
+    objective: Objective
+
+    def scalars(self) -> dict[str, float | None]:
+        """The summary after training, of the mean under ``final_ema``."""
+        found = _final_scalars(self.metrics)
+        if not self.files.averaged:
+            return found
+        return {tag.replace("final", "final_ema", 1): value for tag, value in found.items()}
+
+
+def _test(model: torch.nn.Module, bags: Mapping[str, Sequence[Bag]], files: FoldFiles, *,
+          where: Environment, precision: Precision) -> Tested:
+    """Validation and test slides as the checkpoint sees them; ``model`` is left with it."""
+    from utils.engine import predict
+
+    model.load_state_dict(load_torch(files.checkpoint))
+    objective = cast(SlideModel, model).objective
+    answers = {part: predict(model, bags[part], device=where.device, group=where.group,
+                             precision=precision) for part in ("val", "test")}
+    return Tested(files=files, answers=answers, objective=objective,
+                  metrics={part: one.metrics(objective) for part, one in answers.items()})
+
+
+def _write(tested: Sequence[Tested], fitted: FitResult, description: Mapping[str, Any]) -> None:
+    """Results of every checkpoint, and a record; that of the fold last, with the figures of all."""
+    for one in tested:
+        write_results(one.files, one.answers["test"], task_type=one.objective.task_type,
+                      names=description.get("target_names", ()))
+    common = {**description, "task_type": tested[0].objective.task_type}
+    for one in tested[1:]:
+        write_record(one.files, {**common, **_record(fitted, [one])})
+    finish_fold(tested[0].files, {**common, **_record(fitted, tested)})
 
 
 def _settings(options: FitOptions, facts: Mapping[str, Any], group: Group) -> dict[str, Any]:
@@ -129,14 +169,17 @@ def _settings(options: FitOptions, facts: Mapping[str, Any], group: Group) -> di
     return run_settings(options, facts, ranks=group.size)
 
 
-def _record(fitted: FitResult, answers: Mapping[str, Predictions],
-            metrics: Mapping[str, TaskMetrics]) -> dict[str, Any]:
-    unused: list[Row] = [*fitted.failures, *(row for one in answers.values()
-                                             for row in one.failures)]
+def _record(fitted: FitResult, tested: Sequence[Tested]) -> dict[str, Any]:
+    """How training went, and the figures by part; ``<part>_ema`` of the mean beside others."""
+    unused: list[Row] = [*fitted.failures, *(row for one in tested
+                                             for answers in one.answers.values()
+                                             for row in answers.failures)]
+    metrics = {f"{part}_ema" if len(tested) > 1 and one.files.averaged else part: found
+               for one in tested for part, found in one.metrics.items()}
     return {"epochs": fitted.epochs, "best_epoch": fitted.best_epoch,
             "best_val_loss": fitted.best_val_loss,
-            "metrics": {part: one.as_dict() for part, one in metrics.items()},
-            "headline": {part: one.headline() for part, one in metrics.items()},
+            "metrics": {name: one.as_dict() for name, one in metrics.items()},
+            "headline": {name: one.headline() for name, one in metrics.items()},
             "failures": {row.item: row.reason for row in unused}}
 
 

@@ -83,6 +83,14 @@ class Group:
                     parameter.grad.div_(bags)
         return bags
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Make the tensor (contiguous, of equal shape on all ranks) the sum over them, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _losing_peers():
+                dist.all_reduce(tensor)
+
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make the tensors (of one device, floating point) the mean over the ranks, in place."""
         if self.size == 1 or not tensors:
@@ -120,6 +128,15 @@ class Group:
 
 
 ALONE = Group()
+
+
+def current_group() -> Group:
+    """The group that this process is in right now, for what is not handed one."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return Group(rank=dist.get_rank(), size=dist.get_world_size())
 
 
 def local_processes() -> int:

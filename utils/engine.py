@@ -1,7 +1,7 @@
 """One way to train and one way to predict, for every slide model.
 
-The engine knows bags, losses and outputs (``utils.contracts``), nothing of pathology; how a step is
-made is in ``utils.training_loop``. Import this module late: it needs torch.
+The engine knows bags, losses and outputs (``utils.contracts``), nothing of pathology; how an epoch
+goes is in ``utils.training_loop``. Import this module late: it needs torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from utils.fit_options import FitOptions, check_fit
 from utils.objectives import Objective, TaskMetrics
 from utils.report import Row, Status
 from utils.seeding import class_balanced_weights, epoch_order
+from utils.step_gradients import BAG_ERRORS, why_unusable
 from utils.tracking import Tracker
-from utils.training_loop import BAG_ERRORS, FitFailed, TrainingLoop, why_unusable
+from utils.training_loop import FitFailed, TrainingLoop
 
 __all__ = ["FitFailed", "FitOptions", "FitResult", "Predictions", "fit", "predict",
            "run_settings"]
@@ -159,6 +160,7 @@ def fit(
     folder: Path,
     checkpoint: Path,
     device: torch.device,
+    mean_checkpoint: Path | None = None,
     parameters: Mapping[str, Any] | None = None,
     train_labels: Sequence[int] | np.ndarray | None = None,
     tracker: Tracker | None = None,
@@ -170,8 +172,9 @@ def fit(
 
     The checkpoint is that of the best validation loss (or metric, ``monitor``) with early stopping,
     written at every improvement, else that of the last epoch; with ``ema`` it holds the running
-    mean of the weights, which is also what is validated. ``folder`` holds ``state.pt``: a run that
-    was killed goes on from there to the same result (equal bits on a CPU); the caller removes it.
+    mean of the weights, which is also what is validated (``test_type`` of both: the weights, and
+    ``mean_checkpoint`` the mean of that epoch). ``folder`` holds ``state.pt``, which the caller
+    removes: a run that was killed goes on from there to the same result (equal bits on a CPU).
 
     parameters: further facts that must be equal for a resume; ``Refused`` when they are not
     title, progress: what to call the run in its lines; show a bar on a terminal
@@ -186,10 +189,12 @@ def fit(
         weights = class_balanced_weights(train_labels)
     if options.early_stopping and not len(val):
         raise Refused("--early_stopping needs validation slides: this split has none")
-    check_fit(options, cast(SlideModel, model).objective, processes=group.size)
+    check_fit(options, cast(SlideModel, model).objective, processes=group.size,
+              encoded_together=getattr(model, "batch_size", None))
     loop = TrainingLoop(
         model, options=options, device=device, group=group, folder=folder, title=title,
         progress=progress and group.is_main,
+        checkpoints=[checkpoint, mean_checkpoint] if mean_checkpoint else [checkpoint],
         parameters=run_settings(options, parameters or {}, ranks=group.size))
     tracker = tracker or Tracker()
     tracker.start(loop.resume())
@@ -198,11 +203,11 @@ def fit(
         try:
             trained = loop.train_epoch(train, order)
         except FitFailed:
-            loop.keep_last_good(checkpoint)
+            loop.keep_last_good()
             raise
-        validated = loop.validate(val) if len(val) else None
-        loop.finish_epoch(trained, validated, checkpoint, tracker)
-    loop.finish(checkpoint)
+        validated = loop.validate(val) if len(val) else {}
+        loop.finish_epoch(trained, validated, tracker)
+    loop.finish()
     return FitResult(epochs=loop.epoch, best_epoch=loop.stopping.best_epoch,
                      best_val_loss=loop.stopping.best_loss,
                      failures=_merged(loop.failures, group))

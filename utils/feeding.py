@@ -26,10 +26,11 @@ class Missing:
 
 
 def feed(
-    bags: Sequence[Bag], order: Iterable[int], *, device: torch.device
+    bags: Sequence[Bag], order: Iterable[int], *, device: torch.device, at_once: int = 1
 ) -> Iterator[Bag | Missing]:
     """The bags at the indices ``order``, on ``device``; reading overlaps with what the caller does.
 
+    at_once: how many bags the caller takes before it is busy; as many are read meanwhile
     A bag that raises ``ItemFailed`` or ``OSError`` comes out as ``Missing`` and the others go on.
     Bags in a list are in memory, with nothing to read: they come without a thread.
     On CUDA the tensors are pinned by the reading thread and copied without blocking.
@@ -41,7 +42,7 @@ def feed(
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="bags") as reader:
         for index in order:
             waiting.append(reader.submit(_read, bags, index, device.type == "cuda"))
-            if len(waiting) > _AHEAD:
+            if len(waiting) > max(_AHEAD, at_once):
                 yield _place(waiting.popleft().result(), device)
         while waiting:
             yield _place(waiting.popleft().result(), device)

@@ -42,16 +42,45 @@ class FitOptions:
     ema: float | None = option(
         None, help="decay of a running mean of the weights, which is validated, tested and saved",
         low=0, high=0.999999)
+    test_type: Literal["main", "ema", "both", "both_ema"] | None = option(
+        None, help="weights that are validated, tested and saved: the model's own, their running "
+        "mean (--ema), or both, where early stopping goes by the first (both) or the mean "
+        "(both_ema); default: the mean where there is one")
     step_per_loss: bool = option(
         False, help="an optimiser step after each loss of a bag (HAG-MIL as published: one a "
         "level) instead of one after all")
     seed: int = option(1, help="seed of everything random, set again for each fold",
                        low=0, high=2**32 - 1)
 
+    @property
+    def tests_both(self) -> bool:
+        """Are the weights and their running mean both validated, tested and saved?"""
+        return self.test_type in ("both", "both_ema")
 
-def check_fit(options: FitOptions, objective: Objective, *, processes: int = 1) -> None:
-    """``Refused`` when the options contradict each other, the objective or the processes."""
+
+def check_fit(options: FitOptions, objective: Objective, *, processes: int = 1,
+              encoded_together: int | None = None) -> None:
+    """``Refused`` when the options contradict each other, the objective or the processes.
+
+    encoded_together: ``batch_size`` of a model with an encoder of its own, None for all others
+    """
+    together = encoded_together or 1
+    averaged = options.test_type not in (None, "main")
     rules = [
+        (options.accumulate % together != 0,
+         f"--batch_size {together} slides are encoded together, so --accumulate must be a multiple "
+         f"of it, not {options.accumulate}: give --accumulate {together}"),
+        (objective.needs_batch and together > 1,
+         "Cox passes one slide at a time through the encoder: leave --batch_size out"),
+        (options.step_per_loss and encoded_together is not None,
+         "--step_per_loss would step before the losses have gone back through the encoder of an "
+         "end-to-end model: leave it out"),
+        (averaged and options.ema is None,
+         f"--test_type {options.test_type} tests a running mean of the weights: give its decay, "
+         "--ema 0.9997"),
+        (options.test_type == "main" and options.ema is not None,
+         "--test_type main would make nothing of the running mean: leave --ema out, or choose "
+         "--test_type both"),
         (objective.needs_batch and options.accumulate < 2,
          "Cox compares the slides of a step: give --accumulate 16"),
         (options.step_per_loss and options.accumulate > 1,

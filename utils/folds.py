@@ -1,14 +1,15 @@
 """An experiment folder: which file is what, which folds are finished, and with what settings.
 
 ``s_{k}_checkpoint.json`` is written last and says that fold k is complete; ``{k}/state.pt`` says
-that it was begun. Folds of other settings are never mixed in, nor replaced unless asked.
+that it was begun. ``s_{k}_ema_*`` and ``split_{k}_ema_*`` are of the running mean of the weights.
+Folds of other settings are never mixed in, nor replaced unless asked.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,20 +50,33 @@ class FoldState(str, Enum):
 
 @dataclass(frozen=True)
 class FoldFiles:
-    """The files of one fold, by CLAM's names."""
+    """The files of one fold, by CLAM's names.
+
+    averaged: those of the running mean of the weights, where it is tested beside them
+    """
 
     folder: Path
     fold: int
+    averaged: bool = False
+
+    @property
+    def of_mean(self) -> FoldFiles:
+        """The checkpoint, record and results of the running mean of the weights."""
+        return replace(self, averaged=True)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.fold}_ema" if self.averaged else str(self.fold)
 
     @property
     def checkpoint(self) -> Path:
         """The bare state dict."""
-        return self.folder / f"s_{self.fold}_checkpoint.pt"
+        return self.folder / f"s_{self._name}_checkpoint.pt"
 
     @property
     def record(self) -> Path:
         """What the checkpoint is: model, classes, encoder, settings, metrics."""
-        return self.folder / f"s_{self.fold}_checkpoint.json"
+        return self.folder / f"s_{self._name}_checkpoint.json"
 
     @property
     def work(self) -> Path:
@@ -77,16 +91,17 @@ class FoldFiles:
     @property
     def results(self) -> tuple[Path, Path]:
         """Test predictions: CLAM's pickle (classes only; never read here), and csv."""
-        stem = f"split_{self.fold}_results"
+        stem = f"split_{self._name}_results"
         return self.folder / f"{stem}.pkl", self.folder / f"{stem}.csv"
 
     def clear(self) -> None:
         """Remove the fold; what is left at any moment does not look finished."""
         self.record.unlink(missing_ok=True)
         discard_state(self.work)
-        others = self.folder.glob(f"{self.checkpoint.stem}_epoch_*.pt")  # of --save_top_k
-        for path in (self.checkpoint, *others, *self.results, self.split):
-            path.unlink(missing_ok=True)
+        for one in (self.of_mean, self):
+            others = self.folder.glob(f"{one.checkpoint.stem}_epoch_*.pt")  # of --save_top_k
+            for path in (one.record, one.checkpoint, *others, *one.results, one.split):
+                path.unlink(missing_ok=True)
 
 
 def fold_range(k: int, *, k_start: int, k_end: int) -> range:
@@ -139,13 +154,23 @@ def _problem_of_finished(files: FoldFiles, settings: Mapping[str, Any],
     repaired = [slide for slide in record["failures"] if readable(slide)]
     if repaired:
         return f"was trained without {', '.join(repaired)}, which can be read now"
+    both = str(settings.get("test_type")).startswith("both")
+    if not all(_unaltered(one) for one in ((files, files.of_mean) if both else (files,))):
+        return "has files that are missing or were altered after training"
+    return ""
+
+
+def _unaltered(files: FoldFiles) -> bool:
+    """Are the files there that belong to the record, and is the checkpoint the one it names?"""
+    try:
+        record = read_json(files.record)
+    except BrokenFile:
+        return False
     as_pickle, as_csv = files.results
     needed = [files.checkpoint, files.split, as_csv]
     needed += [as_pickle] if record["task_type"] == "classification" else []
-    if not (all(path.is_file() for path in needed)
-            and file_sha256(files.checkpoint) == record["checkpoint_sha256"]):
-        return "has files that are missing or were altered after training"
-    return ""
+    return (all(path.is_file() for path in needed)
+            and file_sha256(files.checkpoint) == record["checkpoint_sha256"])
 
 
 def _problem_of_begun(files: FoldFiles, settings: Mapping[str, Any]) -> str:
@@ -219,10 +244,15 @@ def _score_columns(scores: np.ndarray, task_type: TaskType) -> dict[str, np.ndar
     return {f"{stem}_{index}": column for index, column in enumerate(scores.T)}
 
 
-def finish_fold(files: FoldFiles, record: Mapping[str, Any]) -> None:
-    """Write the record, by which the fold is complete, and drop its training state."""
+def write_record(files: FoldFiles, record: Mapping[str, Any]) -> None:
+    """Write what the checkpoint is."""
     write_json(files.record, {**record, "fold": files.fold, "version": __version__,
                               "checkpoint_sha256": file_sha256(files.checkpoint)})
+
+
+def finish_fold(files: FoldFiles, record: Mapping[str, Any]) -> None:
+    """Write the record, by which the fold is complete, and drop its training state."""
+    write_record(files, record)
     discard_state(files.work)
 
 

@@ -8,8 +8,7 @@ over the bags is the exact gradient of the loss. Import late: it needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -20,6 +19,7 @@ from utils.devices import Precision, autocast
 from utils.distributed import Group
 from utils.errors import ItemFailed
 from utils.objectives import Objective
+from utils.replay import RandomState, kept_buffers
 
 
 class JointObjective(Objective, Protocol):
@@ -35,13 +35,12 @@ class JointObjective(Objective, Protocol):
 class Glimpse:
     """A bag after the first pass.
 
-    logit: its number; truth: of the bag; random_cpu, random_cuda: the generators before the pass
+    logit: its number; truth: of the bag; random: the generators before the pass
     """
 
     logit: float
     truth: tuple[float, ...]
-    random_cpu: torch.Tensor
-    random_cuda: torch.Tensor | None
+    random: RandomState
 
 
 @torch.no_grad()
@@ -53,12 +52,10 @@ def glimpse(model: torch.nn.Module, bag: Bag, *, precision: Precision, device: t
     """
     if bag.truth is None:
         raise ItemFailed(f"{bag.slide_id}: there is no truth to learn from")
-    random_cpu = torch.get_rng_state()
-    random_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    with _kept_buffers(model):
+    random = RandomState.capture(device)
+    with kept_buffers(model):
         output = _forward(model, bag, precision=precision, device=device)
-    return Glimpse(logit=float(output.logits), truth=bag.truth, random_cpu=random_cpu,
-                   random_cuda=random_cuda), output
+    return Glimpse(logit=float(output.logits), truth=bag.truth, random=random), output
 
 
 def joint_gradients(objective: Objective, glimpses: Sequence[Glimpse], group: Group
@@ -90,9 +87,7 @@ def joint_loss(objective: Objective, logits: Sequence[float],
 def pass_again(model: torch.nn.Module, bag: Bag, seen: Glimpse, gradient: float, *,
                precision: Precision, device: torch.device) -> torch.Tensor:
     """The second pass: a scalar with graph whose gradient is the bag's share of the joint one."""
-    torch.set_rng_state(seen.random_cpu)
-    if seen.random_cuda is not None:
-        torch.cuda.set_rng_state(seen.random_cuda, device)
+    seen.random.restore()
     output = _forward(model, bag, precision=precision, device=device)
     return output.logits.float().sum() * gradient
 
@@ -108,13 +103,3 @@ def _forward(model: torch.nn.Module, bag: Bag, *, precision: Precision, device: 
              ) -> SlideOutput:
     with autocast(precision, device):
         return cast(SlideModel, model)(bag)
-
-
-@contextmanager
-def _kept_buffers(model: torch.nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in kept:
-            buffer.copy_(before)

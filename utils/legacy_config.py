@@ -1,7 +1,8 @@
-"""HAG-MIL's own settings file as flags of main.py, so that its users bring theirs along.
+"""Settings files of other programs as flags of main.py, so that their users bring theirs along.
 
-The published YAML has four sections; every key does what its documentation says (in the published
-program ten of them did nothing). Key names: https://github.com/BearCleverProud/HAG-MIL.
+HAG-MIL's YAML has four sections; every key does what its documentation says (in the published
+program ten of them did nothing). Key names: https://github.com/BearCleverProud/HAG-MIL. ABMILX's
+flat files: ``utils.legacy_abmilx``.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import Refused
+from utils.legacy_abmilx import is_abmilx, translate_abmilx
 
 Flags = dict[str, Any]
 
 
 def translate_config(mapping: Mapping[str, Any], source: str) -> Flags:
-    """Flags of main.py: those of a flat file as they are, HAG-MIL's four sections translated.
+    """Flags of main.py: ABMILX's options and HAG-MIL's four sections translated, else as they are.
 
     ``Refused`` for an unknown section or key.
     """
     if not any(str(key).endswith("_arguments") for key in mapping):
-        return dict(mapping)
+        return translate_abmilx(mapping, source) if is_abmilx(mapping) else dict(mapping)
     flags: Flags = {"model_type": "hag_mil", "k": 1, "log_data": True}
     for section, values in mapping.items():
         known = _SECTIONS.get(section)

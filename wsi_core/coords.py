@@ -9,7 +9,7 @@ rest is in attributes of the root. The files of the three tools are read as well
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -93,6 +93,15 @@ class PatchCoords:
 
     def __len__(self) -> int:
         return len(self.coords)
+
+
+def read_coords_inside(path: Path) -> PatchCoords:
+    """As ``read_coords``, without the children of a hierarchy that lie wholly outside the slide:
+    for what shows patches and has no use for the places of their rows. ``descent`` is None."""
+    patches = read_coords(path)
+    if patches.descent is None:
+        return patches
+    return replace(patches, coords=patches.coords[patches.descent.valid], descent=None)
 
 
 def coords_digest(coords: np.ndarray) -> str:

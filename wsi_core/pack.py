@@ -12,7 +12,7 @@ from utils.locks import claim, holder
 from utils.parallel import run_items
 from utils.report import Row, RunReport, Status
 from utils.temporaries import sweep_temporaries
-from wsi_core.coords import read_coords
+from wsi_core.coords import read_coords_inside
 from wsi_core.deriving import DerivePlan
 from wsi_core.patch_images import Encoding
 from wsi_core.patch_lmdb import PatchLmdb, pack_part, part_done, part_path
@@ -111,7 +111,7 @@ def pack_slides(jobs: Sequence[PackJob], plan: PackPlan, *, missing: Sequence[st
 
 def encode_slide(job: PackJob, *, plan: PackPlan) -> None:
     """Read and encode the patches of one slide into its part. Raises ItemFailed, OSError."""
-    patches = read_coords(job.coords_path)
+    patches = read_coords_inside(job.coords_path)
     check_made_from(job.slide_path, patches, job.coords_path)
     path = part_path(plan.database, patches.slide_id, level=job.level)
     if part_done(path, patches, encoding=plan.encoding, quality=plan.quality):
@@ -126,7 +126,7 @@ def _settle_packed(packed: PatchLmdb, jobs: Sequence[PackJob]) -> tuple[list[Row
     rows, todo = [], []
     for job in jobs:
         try:
-            patches = read_coords(job.coords_path)
+            patches = read_coords_inside(job.coords_path)
         except BrokenFile as error:
             rows.append(Row(item=job.item, status=Status.FAILED, reason=str(error)))
             continue
@@ -144,7 +144,8 @@ def _take_in(packed: PatchLmdb, plan: PackPlan, job: PackJob, error: str | None,
     try:
         if error is not None:
             raise ItemFailed(error)
-        part = part_path(plan.database, read_coords(job.coords_path).slide_id, level=job.level)
+        slide_id = read_coords_inside(job.coords_path).slide_id
+        part = part_path(plan.database, slide_id, level=job.level)
         count = packed.add(part)
         part.unlink()
     except ItemFailed as problem:

@@ -27,11 +27,11 @@ from wsi_core.layouts import with_best_level
 from wsi_core.pixel_filters import is_black, is_white
 from wsi_core.slide import Slide, open_slide
 
-Encoding = Literal["jpeg", "png", "webp"]  # webp without loss
+Encoding = Literal["jpeg", "jpeg420", "png", "webp"]  # jpeg: full colours; webp without loss
 ImageKind = Literal["png", "jpeg"]
 T = TypeVar("T")
 
-SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp"}
+SUFFIXES = {"jpeg": ".jpg", "jpeg420": ".jpg", "png": ".png", "webp": ".webp"}
 CACHE_MB = 256  # of decoded tiles, shared out over the threads
 _CHUNK = 32  # patches of one thread's task
 _NUMBERS = r"_x-?\d+_y-?\d+\.(?:png|jpg)"  # after the slide id in an image's name
@@ -83,7 +83,7 @@ def map_patches(
         for row in rows:
             yield row, work(read(row))
         return
-    handles = _Handles(slide, patches, cache_mb=max(64, CACHE_MB // threads))
+    handles = SlideHandles(slide.path, patches, cache_mb=max(64, CACHE_MB // threads))
 
     def chunk(part: Sequence[int]) -> list[tuple[int, T]]:
         read = handles.reader()
@@ -103,11 +103,11 @@ def map_patches(
         handles.close()
 
 
-class _Handles:
-    """One open slide for each thread that asks."""
+class SlideHandles:
+    """One open slide for each thread that asks. cache_mb: of decoded tiles, of each."""
 
-    def __init__(self, slide: Slide, patches: PatchCoords, *, cache_mb: int) -> None:
-        self._path, self._patches, self._cache_mb = slide.path, patches, cache_mb
+    def __init__(self, slide_path: Path, patches: PatchCoords, *, cache_mb: int) -> None:
+        self._path, self._patches, self._cache_mb = slide_path, patches, cache_mb
         self._own = threading.local()
         self._open: list[Slide] = []
 
@@ -121,6 +121,7 @@ class _Handles:
         return read
 
     def close(self) -> None:
+        """Give all of them back; no thread may read any more."""
         for slide in self._open:
             slide.close()
 
@@ -157,10 +158,16 @@ def keep_by_pixels(
 
 
 def encode_image(rgb: np.ndarray, kind: Encoding, *, quality: int = 90) -> bytes:
-    """(h, w, 3) uint8 RGB as a JPEG of ``quality`` 1..100, or without loss as PNG or WebP."""
+    """(h, w, 3) uint8 RGB as a JPEG of ``quality`` 1..100, or without loss as PNG or WebP.
+
+    jpeg: colours at full resolution (4:4:4), as stains are read from them; jpeg420: at half of it,
+    smaller by a third
+    """
     import cv2
 
-    settings = {"jpeg": [cv2.IMWRITE_JPEG_QUALITY, quality], "png": [],
+    jpeg = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR]
+    settings = {"jpeg": [*jpeg, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+                "jpeg420": [*jpeg, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420], "png": [],
                 "webp": [cv2.IMWRITE_WEBP_QUALITY, 101]}  # above 100: without loss
     done, data = cv2.imencode(SUFFIXES[kind], cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), settings[kind])
     if not done:

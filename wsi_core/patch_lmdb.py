@@ -80,7 +80,7 @@ def origin(patches: PatchCoords, coords: np.ndarray, *, encoding: Encoding, qual
     return {"coords_sha256": coords_digest(coords), "patch_level": patches.patch_level,
             "patch_px": patches.patch_size, "output_px": patches.output_size,
             "background": list(patches.background), "encoding": encoding,
-            "quality": quality if encoding == "jpeg" else None,
+            "quality": quality if encoding.startswith("jpeg") else None,
             "slide_bytes": patches.parameters.get("slide_bytes")}
 
 
@@ -170,8 +170,8 @@ class PatchLmdb:
     def __init__(self, path: Path, *, encoding: Encoding = "jpeg", quality: int = 90) -> None:
         self._lmdb = import_lmdb()
         self.path = path
-        wanted = {"schema": SCHEMA, "encoding": encoding,
-                  "quality": quality if encoding == "jpeg" else None, "channel_order": CHANNELS}
+        wanted = {"schema": SCHEMA, "encoding": encoding, "channel_order": CHANNELS,
+                  "quality": quality if encoding.startswith("jpeg") else None}
         try:
             self._env = self._lmdb.open(str(path), subdir=False, map_size=_SPARE_BYTES,
                                         meminit=False)

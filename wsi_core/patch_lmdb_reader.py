@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,16 @@ class _Environment:
 # A process may open an LMDB once, but training and validation read the same one.
 _environments: weakref.WeakValueDictionary[tuple[int, ...], _Environment]
 _environments = weakref.WeakValueDictionary()
+_opening = threading.Lock()  # reading threads that begin at once share one
 
 
 def _environment(path: Path) -> _Environment:
     import_lmdb()
+    with _opening:
+        return _shared_environment(path)
+
+
+def _shared_environment(path: Path) -> _Environment:
     try:
         status = path.stat()
     except OSError:
@@ -158,7 +165,10 @@ class PatchLmdbReader:
         import cv2
 
         data = np.frombuffer(self.encoded(index), np.uint8)
-        patch = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        try:
+            patch = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        except cv2.error:  # no bytes at all
+            patch = None
         if patch is None:
             raise BrokenFile(f"{self.path}: patch {index} is no picture: write the file again")
         return patch if self.channels == "BGR" else cv2.cvtColor(patch, cv2.COLOR_BGR2RGB)

@@ -105,8 +105,9 @@ class OutputOptions:
         None, help="save the patches as pictures, into images/<slide>/")
     save_lmdb: str | None = option(None, help="pack the patches of all slides into "
                                    "save_dir/<this>.lmdb, for end-to-end training")
-    image_format: Literal["jpeg", "png", "webp"] = option(
-        "jpeg", help="encoding of patches in the LMDB (webp: lossless)")
+    image_format: Literal["jpeg", "jpeg420", "png", "webp"] = option(
+        "jpeg", help="encoding of patches in the LMDB (jpeg420: colours at half the resolution; "
+        "webp: lossless)")
     jpeg_quality: int = option(90, low=1, high=100, help="of saved and packed JPEG patches")
     max_images: int | None = option(None, low=1, help="pictures a slide, evenly spread")
     layout: Literal["clam", "trident", "atlaspatch"] = option(
@@ -205,7 +206,7 @@ def check_tissue(options: TissueOptions) -> None:
 
 def check_outputs(options: OutputOptions, scale: ScaleOptions) -> None:
     """Refuse flags that nothing would look at, and a layout that cannot say what is asked for."""
-    packs_jpeg = options.save_lmdb is not None and options.image_format == "jpeg"
+    packs_jpeg = options.save_lmdb is not None and options.image_format.startswith("jpeg")
     for flag, given, needed, there in (
             ("max_images", options.max_images is not None, "--save_images", options.save_images),
             ("image_format", options.image_format != "jpeg", "--save_lmdb", options.save_lmdb),

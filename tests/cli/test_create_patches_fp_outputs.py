@@ -110,7 +110,7 @@ def test_white_and_black_patches_are_left_out(tmp_path: Path, out: Path) -> None
     assert kept("strict", "--white_thresh", 15, "--black_thresh", 0) == everything - white
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg420", "png", "webp"])
 def test_patches_packed_into_an_lmdb(kind: str, source: Path, out: Path) -> None:
     from wsi_core.patch_lmdb_reader import PatchLmdbReader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,21 @@ def test_values_are_read_by_declared_type(tmp_path: Path) -> None:
 def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(Refused, match=message):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", ""), ("{model_name: null}", ""), ("{model_name: resnet50_trunc}", ""),
+    ("{model_name: resnet50_trunc, target_img_size: 224}", ""),  # CLAM's template
+    ("{model_name: r18, target_img_size: 96}", ""), ("{model_name: e2e:x-1}", ""),
+    ("{model_name: uni_v1}", r"model_name is uni_v1, .* own encoder \(r18, 96 px\); leave the key"),
+    ("{target_img_size: 256}", "target_img_size is 256, but the checkpoint is an end-to-end"),
+    ("{ckpt_path: w.pt}", "ckpt_path is w.pt, but the checkpoint is an end-to-end model")])
+def test_the_encoder_of_an_end_to_end_model_is_its_own(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    asked = load(tmp_path, f"encoder_arguments: {text}").encoder_arguments
+    with pytest.raises(Refused, match=message) if message else nullcontext():
+        asked.refuse_others(("r18", "e2e:x-1"), side_px=96)
 
 
 def test_step_of_the_fine_map() -> None:

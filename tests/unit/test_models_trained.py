@@ -211,3 +211,12 @@ def test_a_survival_model_has_no_classes_to_compare(tmp_path: Path) -> None:
     trained = load_trained(described(tmp_path, spec, class_names=[]), class_names=(),
                            task_type="survival")
     assert trained.spec == spec
+
+
+def test_patches_of_other_sizes_than_in_training_are_told(tmp_path: Path) -> None:
+    path = described(tmp_path, spec_of(), patches={"px": [256], "mpp_um": [0.5, 0.25]})
+    trained = load_trained(path, class_names=("a", "b"))
+    assert trained.patch_notes({"px": [256], "mpp_um": [0.25]}) == []  # fewer slides
+    assert trained.patch_notes(None) == []
+    (note,) = trained.patch_notes({"px": [256], "mpp_um": [1.0]})
+    assert "mpp_um [1.0] (training: [0.5, 0.25])" in note

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from utils.devices import autocast, check_precision, pick_device
 from utils.errors import Refused
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -59,3 +65,22 @@ def test_autocast_changes_what_a_linear_layer_gives() -> None:
         assert layer(rows).dtype is torch.bfloat16
     with autocast("fp32", torch.device("cpu")):
         assert layer(rows).dtype is torch.float32
+
+
+def test_freed_memory_is_kept_when_asked_to() -> None:
+    program = """
+import resource, sys, torch
+from utils.devices import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(sum(faults() for _ in range(3)))
+"""
+    kept, given_back = (int(subprocess.run(
+        [sys.executable, "-c", program, how], cwd=ROOT, capture_output=True, text=True,
+        check=True).stdout) for how in ("keep", "default"))
+    assert kept < given_back / 4

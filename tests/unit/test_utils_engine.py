@@ -22,8 +22,8 @@ from utils.fit_options import check_fit
 from utils.objectives import TaskType
 from utils.report import Status
 from utils.seeding import epoch_order
+from utils.step_gradients import why_unusable
 from utils.tracking import TensorBoardTracker
-from utils.training_loop import why_unusable
 from utils.training_state import load_state
 
 CPU = torch.device("cpu")

@@ -137,8 +137,13 @@ def test_a_slide_that_can_be_read_again_asks_for_retraining(tmp_path: Path) -> N
 def test_clear_removes_everything_of_the_fold(tmp_path: Path) -> None:
     files = make_fold(tmp_path)
     make_fold(tmp_path, 1)
+    for one in (files, files.of_mean):  # of --test_type both and --save_top_k
+        for path in (one.checkpoint, one.record, *one.results,
+                     one.checkpoint.with_name(f"{one.checkpoint.stem}_epoch_3.pt")):
+            path.touch()
     files.clear()
     assert state(files) is FoldState.NEW
+    assert not list(tmp_path.glob("s*_0_*"))
     assert state(FoldFiles(tmp_path, 1)) is FoldState.DONE
 
 

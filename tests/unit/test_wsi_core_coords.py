@@ -15,6 +15,7 @@ from wsi_core.coords import (
     Descent,
     PatchCoords,
     read_coords,
+    read_coords_inside,
     recorded_parameters,
     write_coords,
 )
@@ -165,3 +166,13 @@ def test_a_cut_file_is_broken(keep: float, tmp_path: Path) -> None:
     path.write_bytes(raw[:int(len(raw) * keep)])
     with pytest.raises(BrokenFile):
         read_coords(path)
+
+
+def test_children_outside_the_slide_can_be_left_out(tmp_path: Path) -> None:
+    valid = np.array([True, False, True, True] * 2)
+    finer = patches(coords=np.arange(16).reshape(8, 2), tissue=None,
+                    descent=Descent(ratio=2, valid=valid, parent_sha256="0" * 64))
+    write_coords(tmp_path / "s.h5", finer)
+    inside = read_coords_inside(tmp_path / "s.h5")
+    assert inside.descent is None and len(read_coords(tmp_path / "s.h5")) == 8
+    np.testing.assert_array_equal(inside.coords, finer.coords[valid])

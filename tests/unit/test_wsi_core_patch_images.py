@@ -164,6 +164,15 @@ def test_quality_matters_for_jpeg_and_webp_loses_nothing() -> None:
         assert np.array_equal(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1], noise)
 
 
+def test_jpegs_keep_their_colours_unless_asked_to_halve_them() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2], stripes[:, 1::2] = (200, 40, 40), (40, 40, 200)  # one px each
+    full, half = (cv2.imdecode(np.frombuffer(encode_image(stripes, kind), np.uint8),
+                               cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+                  for kind in ("jpeg", "jpeg420"))
+    assert np.abs(full - stripes).mean() < 10 < 40 < np.abs(half - stripes).mean()
+
+
 def test_most_is_an_even_and_constant_choice(slide: Slide, patches: PatchCoords, tmp_path: Path
                                              ) -> None:
     assert spread(10, 3) == [1, 5, 8] and spread(3, 9) == spread(3, None) == [0, 1, 2]

@@ -74,7 +74,8 @@ def store(slide_path: Path, database: Path, *grids: PatchCoords, level: str = ""
 
 # ---------------------------------------------------------------------------- ours
 
-@pytest.mark.parametrize(("encoding", "tolerance"), [("jpeg", 40), ("png", 0), ("webp", 0)])
+@pytest.mark.parametrize(("encoding", "tolerance"), [
+    ("jpeg", 40), ("jpeg420", 80), ("png", 0), ("webp", 0)])
 def test_patches_come_back_in_true_colours(slide_path: Path, tmp_path: Path, encoding: Encoding,
                                            tolerance: int) -> None:
     database = store(slide_path, tmp_path / "p.lmdb", grid("a"), grid("b", 5), encoding=encoding)

@@ -1,0 +1,174 @@
+"""Bags of patches for end-to-end models: all of a slide's for evaluation, drawn anew in each epoch
+of training."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import overload
+
+import numpy as np
+
+from datasets.patch_sampling import Sampling, draw_rows, scale_shares
+from datasets.patch_store import PatchStore
+from datasets.patch_streams import PatchRows, StreamedPatches
+from datasets.table import SlideTable
+from utils.contracts import Bag
+from utils.errors import ItemFailed, Refused
+from utils.seeding import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How patches of training slides are drawn; names and defaults of ``DrawOptions``."""
+
+    same_psize: int = 0
+    mul_scale_ratio: float = 2.0
+    pad_enc_bs: bool = True
+    sampling: Sampling = "random"
+    num_group_2d: int = 8
+
+    def check(self, store: PatchStore) -> None:
+        """``Refused`` for what does nothing, and for what the patches of ``store`` do not allow."""
+        absent = {"mul_scale_ratio": "" if store.low else "--patches_low",
+                  "num_group_2d": "" if self.sampling == "grid" else "--sampling grid"}
+        for item in fields(self)[1:]:
+            needed = absent.get(item.name, "") if self.same_psize else "--same_psize"
+            if needed and getattr(self, item.name) != item.default:
+                flag = f"no_{item.name}" if item.default is True else item.name
+                raise Refused(f"--{flag} has no effect without {needed}: give both or leave it "
+                              "out")
+        if self.same_psize and store.low and not scale_shares(self.same_psize,
+                                                              self.mul_scale_ratio)[0]:
+            raise Refused(f"of --same_psize {self.same_psize} none is of --patches_low with "
+                          f"--mul_scale_ratio {self.mul_scale_ratio:g}: give a smaller ratio or "
+                          "more patches")
+        for source in store.sources(training=True):
+            if self.sampling == "grid" and source.kind == "abmilx lmdb":
+                raise Refused(f"--sampling grid needs to know where patches are, and {source.root} "
+                              "(ABMILX's layout) holds no coordinates: use random or intervals, "
+                              "or make the file with create_patches_fp.py --save_lmdb")
+
+
+class PatchBags(Sequence[Bag]):
+    """Bags of the slides of a table, in its order, as ``BagDataset`` has them of features.
+
+    Features have the width 0; ``bag.patches`` has the pixels, of the low magnification first,
+    rows in the order of ``bag.coords``. Of all patches they are read when they are asked for, of
+    drawn ones (``training``) at once. pin: page-locked memory for pixels, for fast copies to a GPU.
+    ``Refused`` for draws that the store does not allow. Pickles to worker processes.
+    """
+
+    def __init__(self, table: SlideTable, store: PatchStore, *, pin: bool = False,
+                 same_psize: int = 0, mul_scale_ratio: float = 2.0, pad_enc_bs: bool = True,
+                 sampling: Sampling = "random", num_group_2d: int = 8) -> None:
+        self.table, self.store, self.pin = table, store, pin
+        self._draws = Draws(same_psize=same_psize, mul_scale_ratio=mul_scale_ratio,
+                            pad_enc_bs=pad_enc_bs, sampling=sampling, num_group_2d=num_group_2d)
+        self._draws.check(store)
+        self._for_training = False
+        self._epoch_seed = 0
+        self._drawn: Counter[str] = Counter()
+
+    @property
+    def slide_ids(self) -> tuple[str, ...]:
+        """Slide ids in order."""
+        return self.table.slide_ids
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 class indices (strata of other task types)."""
+        return self.table.labels
+
+    def subset(self, slide_ids: Iterable[str]) -> PatchBags:
+        """The bags of these slides for evaluation: all their patches, always the same."""
+        return self._part(slide_ids, for_training=False)
+
+    def training(self, slide_ids: Iterable[str]) -> PatchBags:
+        """The bags of these slides for training: of the low magnification too, and drawn."""
+        return self._part(slide_ids, for_training=True)
+
+    def _part(self, slide_ids: Iterable[str], *, for_training: bool) -> PatchBags:
+        part = copy.copy(self)
+        part.table, part._for_training = self.table.subset(slide_ids), for_training
+        part._drawn = Counter()
+        return part
+
+    def begin_epoch(self, *, seed: int, epoch: int) -> None:
+        """Draw other patches from here on: those that belong to this epoch, whatever was drawn
+        before. Processes that train together and may draw one slide give each its own seed."""
+        self._epoch_seed = derive_seed(seed, epoch)
+        self._drawn.clear()
+
+    def verify(self) -> dict[str, str]:
+        """Read one patch of each slide and magnification; slide -> reason for the bad ones."""
+        with ThreadPoolExecutor(self.store.num_workers) as pool:
+            found = zip(self.slide_ids, pool.map(self._problem, self.slide_ids), strict=True)
+            return {slide_id: problem for slide_id, problem in found if problem}
+
+    def _problem(self, slide_id: str) -> str:
+        try:
+            parts, _ = self._parts(slide_id, draw=False)
+            StreamedPatches(parts=tuple(replace(part, rows=part.rows[:1]) for part in parts),
+                            threads=1).held()
+        except (ItemFailed, OSError) as error:
+            return str(error)
+        return ""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Bag: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Bag]: ...
+
+    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
+        """The bag of a row; ``ItemFailed`` when it has none, or drawn patches cannot be read."""
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        import torch
+
+        slide_id = self.slide_ids[index]
+        draw = self._for_training and self._draws.same_psize > 0
+        parts, coords = self._parts(slide_id, draw=draw)
+        patches = StreamedPatches(parts=parts, threads=self.store.num_workers, pin=self.pin)
+        row = self.table.row_of[slide_id]
+        target = self.table.target_of(row)
+        return Bag(slide_id=slide_id, features=torch.empty(len(patches), 0), coords=coords,
+                   label=int(self.table.labels[row]) if target is None else None, target=target,
+                   case_id=self.table.case_ids[row], patches=patches.held() if draw else patches)
+
+    def _parts(self, slide_id: str, *, draw: bool
+               ) -> tuple[tuple[PatchRows, ...], np.ndarray | None]:
+        """Rows of each source, low before high, all or drawn; their places, None when unknown."""
+        sources = self.store.sources(training=self._for_training)
+        counts = [source.facts(slide_id).count for source in sources]
+        if not counts[-1]:
+            raise ItemFailed(f"{slide_id}: no patches, so there is nothing to learn from")
+        places = [source.coords(slide_id) for source in sources]
+        rows = (self._draw(slide_id, counts, places) if draw
+                else [np.arange(count) for count in counts])
+        known = [place[chosen] for place, chosen in zip(places, rows, strict=True)
+                 if place is not None]
+        return (tuple(PatchRows(source=source, slide_id=slide_id, rows=chosen)
+                      for source, chosen in zip(sources, rows, strict=True) if len(chosen)),
+                np.concatenate(known) if len(known) == len(sources) else None)
+
+    def _draw(self, slide_id: str, counts: Sequence[int], places: Sequence[np.ndarray | None]
+              ) -> list[np.ndarray]:
+        """Rows of each source; others whenever the slide comes again."""
+        self._drawn[slide_id] += 1
+        key = int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:8])
+        rng = np.random.default_rng(derive_seed(self._epoch_seed, key, self._drawn[slide_id]))
+        how, wanted = self._draws, [self._draws.same_psize]
+        if len(counts) == 2:  # a slide without low patches gives high ones instead
+            low, high = scale_shares(how.same_psize, how.mul_scale_ratio)
+            wanted = [low, high] if counts[0] else [0, low + high]
+        return [draw_rows(count, share, rng=rng, pad=how.pad_enc_bs, kind=how.sampling,
+                          coords=place, cells=how.num_group_2d)
+                for count, share, place in zip(counts, wanted, places, strict=True)]
