@@ -28,11 +28,11 @@ from datasets.patch_bag_options import DrawOptions, PatchSourceOptions
 from datasets.split_folder import SplitPlace, find_split_folder
 from datasets.tasks import TaskOptions, load_task
 from datasets.training_facts import training_facts
-from models.encoder_start import EncoderStart, encoder_start
 from models.model_flags import ModelFlags, describe_model
 from models.model_names import is_end_to_end
 from models.options import PretrainedOptions
 from models.slide_models import SlideModelSpec, build_slide_model
+from models.starting_weights import StartingWeights, starting_weights
 from utils.cross_validation import Environment, run_folds, train_and_test
 from utils.devices import check_precision, keep_freed_memory, pick_device
 from utils.distributed import local_processes, process_group
@@ -87,7 +87,7 @@ class Job:
     spec: SlideModelSpec
     fit: FitOptions
     where: Environment
-    start: EncoderStart | None
+    start: StartingWeights | None
     balanced: bool
     child_levels: tuple[int, ...]
     print_info: bool
@@ -102,11 +102,11 @@ class Job:
 
     def facts(self, fold: int) -> dict[str, Any]:
         """What decides the fold's result, beside how it is trained."""
-        start = {"encoder_start": self.start.record(fold)} if self.start else {}
+        start = self.start.record(fold) if self.start else {}
         return {**asdict(self.spec_of(fold)), **self.cohort.facts(fold), **start}
 
     def model(self, fold: int) -> torch.nn.Module:
-        """The model of a fold before training; of an end-to-end one the encoder has its weights."""
+        """The model of a fold before training, with the weights that it starts from."""
         model = build_slide_model(self.spec_of(fold))
         if self.start:
             self.start.load(model, fold)
@@ -127,7 +127,7 @@ def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row
         if group.from_main(states[fold] is not FoldState.REPLACED and files.record.exists()):
             return fold_rows(files, status=Status.SKIPPED)  # another process was faster
         torch.set_num_threads(job.where.threads)
-        if job.start and job.where.device.type == "cpu":
+        if job.cohort.patches and job.where.device.type == "cpu":
             keep_freed_memory()
         if group.is_main:
             if states[fold] is FoldState.REPLACED:
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                           n_levels=1 + len(levels))
     end_to_end = is_end_to_end(spec.model_type)
     check_sources(options, model_type=spec.model_type, end_to_end=end_to_end)
-    start = encoder_start(spec.model_type, **pick(PretrainedOptions, options))
+    start = starting_weights(spec.model_type, **pick(PretrainedOptions, options))
     fit = FitOptions(**pick(FitOptions, options))
     check_precision(fit.precision, device)
     exp_code = safe_id(options.exp_code or f"{task.name}_{spec.model_type}", what="--exp_code")

@@ -60,6 +60,7 @@ class EndToEnd(nn.Module):
         n_blocks = len(encoder.blocks())
         self.n_frozen = _n_frozen(n_blocks, train_blocks)
         self.trained = self.n_frozen < n_blocks
+        self.resting = False
         self.enc_bn, self.enc_grad = enc_bn, enc_grad
         self.batch_size = batch_size
         self.p_batch_size, self.p_batch_size_v = p_batch_size, p_batch_size_v
@@ -100,10 +101,14 @@ class EndToEnd(nn.Module):
             if wrong:
                 raise Refused(message)
 
+    def rest(self, resting: bool) -> None:
+        """See ``utils.contracts.JointEncoder``."""
+        self.resting = resting
+
     def train(self, mode: bool = True) -> Self:
         """Training mode for all that is trained; see the class."""
         super().train(mode)
-        for part in self._frozen():
+        for part in [self.encoder] if self.resting else self._frozen():
             part.eval()
         if self.enc_bn == "frozen":
             for module in self.encoder.modules():
@@ -178,12 +183,14 @@ class EndToEnd(nn.Module):
 
     def _sharing(self) -> Group:
         """The processes whose batch norms wait for each other."""
-        return current_group() if self.enc_bn == "sync" and self.training else ALONE
+        shares = self.enc_bn == "sync" and self.training and not self.resting
+        return current_group() if shares else ALONE
 
     def _features(self, parts: PatchParts) -> torch.Tensor:
         """(N, D) float32 of all patches, with gradient where grad mode is on."""
         with _single_patches(parts):
-            if self.trained and torch.is_grad_enabled() and parts.sizes:
+            learns = self.trained and not self.resting
+            if learns and torch.is_grad_enabled() and parts.sizes:
                 return self._with_gradient(parts)
             device = next(self.parameters()).device
             found = torch.empty(sum(parts.sizes), self.embed_dim, device=device)

@@ -131,13 +131,16 @@ class E2EOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedOptions:
-    """Where the encoder of an end-to-end model starts; of training alone."""
+    """Where weights start; of training alone."""
 
     enc_init: Path | None = option(
         None, help="weight file of the encoder (e2e), or a folder with one a fold "
         "(s_{k}_checkpoint.pt or ABMILX's fold_{k}_model_best.pt); default: ImageNet weights, "
         "looked for as extract_features_fp.py does")
     no_enc_pt: bool = option(False, help="start the encoder (e2e) from random weights")
+    mil_init: Path | None = option(
+        None, help="checkpoint that the slide model starts from, or a folder with one a fold: a "
+        "two-stage training on the same splits, for an e2e model of the same kind")
 
 
 MODEL_OPTIONS: dict[str, type] = {

@@ -187,6 +187,10 @@ class JointEncoder(SlideModel, Protocol):
 
     batch_size: int
 
+    def rest(self, resting: bool) -> None:
+        """From the next ``train()`` on: does the encoder stay as it is, without gradient?"""
+        ...
+
     def encode(self, bags: Sequence[Bag]) -> Generator[Bag, None, None]:
         """The bags in order, with ``features`` (leaves that collect gradient) and no ``patches``.
 

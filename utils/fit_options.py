@@ -39,6 +39,9 @@ class FitOptions:
     min_lr: float = option(1e-7, help="learning rate at the end of the cosine", low=0)
     warmup_epochs: int = option(0, help="epochs of linear warm-up from --warmup_lr", low=0)
     warmup_lr: float = option(1e-6, help="learning rate at the start of the warm-up", low=0)
+    freeze_epochs: int = option(
+        0, help="first epochs in which the encoder of an end-to-end model rests: attention that "
+        "has learnt nothing yet would spoil it", low=0)
     ema: float | None = option(
         None, help="decay of a running mean of the weights, which is validated, tested and saved",
         low=0, high=0.999999)
@@ -75,6 +78,12 @@ def check_fit(options: FitOptions, objective: Objective, *, processes: int = 1,
         (options.step_per_loss and encoded_together is not None,
          "--step_per_loss would step before the losses have gone back through the encoder of an "
          "end-to-end model: leave it out"),
+        (options.freeze_epochs > 0 and encoded_together is None,
+         "--freeze_epochs lets the encoder of an end-to-end model rest, this model has none: leave "
+         "it out"),
+        (options.freeze_epochs >= options.max_epochs,
+         f"--freeze_epochs {options.freeze_epochs} of --max_epochs {options.max_epochs} leave none "
+         "in which the encoder learns: give --train_blocks 0 for that, or more epochs"),
         (averaged and options.ema is None,
          f"--test_type {options.test_type} tests a running mean of the weights: give its decay, "
          "--ema 0.9997"),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Settings in which folds of one experiment may differ; the last four come from training slides
 _OF_ONE_FOLD = ("slides", "n_patches", "left_out", "class_weights", "bin_edges", "target_mean",
-                "target_std")
+                "target_std", "start_sha256")
 
 
 class FoldState(str, Enum):

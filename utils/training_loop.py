@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from utils.contracts import Bag, SlideModel
+from utils.contracts import Bag, JointEncoder, SlideModel
 from utils.devices import autocast, check_precision
 from utils.distributed import Group
 from utils.epoch_log import EpochLog, EpochResult
@@ -131,6 +131,8 @@ class TrainingLoop:
             bags.begin_epoch(seed=self.options.seed, epoch=self.epoch)
         seed_everything(derive_seed(self.options.seed, self.epoch, self.group.rank))
         set_learning_rate(self.optimiser, learning_rate(self.options, self.epoch))
+        if hasattr(self.model, "rest"):
+            cast(JointEncoder, self.model).rest(self.epoch < self.options.freeze_epochs)
         self.model.train()
         log = EpochLog(self.objective)
         bar = tqdm(self._steps(bags, order), desc=f"{self.title} epoch {self.epoch}", leave=False,

@@ -80,6 +80,7 @@ GRID = ("--sampling", "grid")
 @pytest.mark.parametrize(("given", "base"), [
     (("--train_blocks", 1), ()),
     (("--train_blocks", 0), ()),
+    (("--freeze_epochs", 1, "--max_epochs", 2), ("--max_epochs", 2)),
     (BATCH, ()),
     ((*BATCH, "--accumulate", 2, "--batch_size", 2), (*BATCH, "--accumulate", 2)),
     ((*BATCH, "--p_batch_size", 4), BATCH),

@@ -308,6 +308,24 @@ def test_frozen_blocks_stay_as_they_are(train_blocks: int, mode: str) -> None:
     assert len(graphs) == (4 if mode == "cached" and train_blocks else 2)  # no second pass without
 
 
+@pytest.mark.parametrize("norms", ["frozen", "batch", "sync"])
+def test_an_encoder_that_rests_stays_as_it_is(norms: str) -> None:
+    model = end_to_end(enc_bn=norms)
+    before = copy.deepcopy(model.encoder.state_dict())
+    model.rest(True)
+    model.train()
+    found = learn(model, bags_of(4, 4))
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert all(torch.equal(before[name], value)
+               for name, value in model.encoder.state_dict().items())
+    assert any(value is not None and value.any() for name, value in found.items()
+               if name.startswith("mil."))
+    model.rest(False)
+    model.train()
+    learn(model, bags_of(4, 4))
+    assert all(one.grad is not None for one in model.encoder.parameters())
+
+
 def test_frozen_norms_keep_their_statistics_and_learn_weights() -> None:
     model = end_to_end(p_batch_size=100)
     before = copy.deepcopy(model.state_dict())

@@ -248,6 +248,8 @@ def test_accumulation_must_hold_whole_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "together", "objective", "message"), [
     ({"step_per_loss": True}, 1, ToyModel().objective, "--step_per_loss would step before"),
     ({"accumulate": 4}, 2, COX, "Cox passes one slide at a time.*--batch_size"),
+    ({"freeze_epochs": 1}, None, ToyModel().objective, "this model has none"),
+    ({"freeze_epochs": 3, "max_epochs": 3}, 1, ToyModel().objective, "leave none in which"),
     ({"test_type": "both"}, None, ToyModel().objective, "--test_type both.*give its decay, --ema"),
     ({"test_type": "ema"}, None, ToyModel().objective, "--test_type ema.*give its decay, --ema"),
     ({"test_type": "main", "ema": 0.9}, None, ToyModel().objective, "leave --ema out")])
@@ -256,6 +258,16 @@ def test_options_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(Refused, match=message):
         check_fit(FitOptions(**options), objective, encoded_together=together)
+
+
+def test_the_encoder_rests_in_the_first_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(ToyEncoder, "rest", lambda self, resting: seen.append(resting),
+                        raising=False)
+    train(tmp_path, toy(), accumulate=2, max_epochs=4, freeze_epochs=2)
+    assert seen == [True, True, False, False]
 
 
 class Drawn(BagList):
