@@ -195,6 +195,15 @@ def test_encoder_starts_from_a_checkpoint(
     assert not equal(before, after)  # the slide model starts anew
 
 
+def test_slide_model_starts_from_a_checkpoint(cohort: Path, baseline: Path, tmp_path: Path
+                                              ) -> None:
+    folder = run(cohort, tmp_path, "--mil_init", baseline, lr=0)
+    before, after = weights(baseline), weights(folder)
+    mil = [name for name in before if name.startswith("mil.")]
+    assert mil and all(torch.equal(before[name], after[name]) for name in mil)
+    assert not equal(before, after)  # the encoder starts anew
+
+
 # ---------------------------------------------------------------------------- patches in slides
 
 def write_slides(root: Path, cohort: Path) -> list[PatchCoords]:
@@ -278,6 +287,8 @@ def test_survival_goes_back_to_the_first_layer(cohort: Path, tmp_path: Path,
     (("--enc_grad", "cached", "--train_blocks", 0), {}, "--enc_grad"),
     (("--test_type", "both"), {}, "--ema"),
     (("--enc_init", "nowhere.pt"), {}, "nowhere.pt"),
+    (("--mil_init", "nowhere.pt"), {}, "--mil_init: nowhere.pt is not there"),
+    (("--freeze_epochs", 1), {}, "--freeze_epochs 1 of --max_epochs 1"),
     (("--data_root_dir", "features"), {}, "--data_root_dir")], ids=str)
 def test_contradictions_are_one_line_before_any_work(
     cohort: Path, tmp_path: Path, more: tuple[Any, ...], instead: dict[str, Any], message: str
