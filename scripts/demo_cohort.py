@@ -41,6 +41,8 @@ class Options:
     out: Path = option(Path("demo"), help="folder to build the cohort in")
     slides: int = option(40, help="number of slides, half of them positive", low=4)
     seed: int = option(7, help="random seed of the compositions")
+    radii: tuple[int, ...] = option(RADII_PX, low=20, high=255, help="least and largest half axis "
+                                    "of planted regions, px; smaller is harder")
     workers: int = option(available_cpus(), help="processes", low=0)
 
 
@@ -52,18 +54,24 @@ class Sample:
     case_id: str
     positive: bool
     seed: int
+    radii_px: tuple[int, int] = RADII_PX
 
 
 def main() -> int:
     """Build what is missing; a finished cohort of the same options is left alone."""
     options = parse(Options, prog="demo_cohort.py", description="Build the demo cohort.")
+    if len(options.radii) != 2 or options.radii[0] >= options.radii[1]:
+        raise Refused(f"--radii {' '.join(map(str, options.radii))}: expected a smaller and a "
+                      f"larger number, such as {RADII_PX[0]} {RADII_PX[1]}")
+    radii = (options.radii[0], options.radii[1])
     folder = writable_folder(options.out / "slides", what="--out")
-    record = {"slides": options.slides, "seed": options.seed, "canvas_px": CANVAS_PX, "version": 5}
+    record = {"slides": options.slides, "seed": options.seed, "canvas_px": list(CANVAS_PX),
+              "radii_px": list(radii), "version": 5}
     done = options.out / "cohort.json"
-    if done.exists() and read_json(done) == {**record, "canvas_px": list(CANVAS_PX)}:
+    if done.exists() and read_json(done) == record:
         print(f"cohort: already built in {options.out}")
         return 0
-    samples = plan(options.slides, options.seed)
+    samples = plan(options.slides, options.seed, radii_px=radii)
     planted = []
     for outcome in run_items(build_slide, samples, workers=options.workers,
                              arguments={"folder": folder}):
@@ -77,8 +85,11 @@ def main() -> int:
     return 0
 
 
-def plan(slides: int, seed: int) -> list[Sample]:
-    """Patients with one or two slides each, alternating labels, until there are ``slides``."""
+def plan(slides: int, seed: int, *, radii_px: tuple[int, int] = RADII_PX) -> list[Sample]:
+    """Patients with one or two slides each, alternating labels, until there are ``slides``.
+
+    radii_px: limits of the half axes of planted ellipses, which are drawn uniformly
+    """
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -91,7 +102,7 @@ def plan(slides: int, seed: int) -> list[Sample]:
         for _ in range(min(int(rng.integers(1, 3)), max(1, room), slides - len(samples))):
             number = len(samples)
             samples.append(Sample(f"demo_{number:03d}", f"patient_{patient:03d}", positive,
-                                  seed * 10_000 + number))
+                                  seed * 10_000 + number, radii_px))
             counts[positive] += 1
         patient += 1
     return samples
@@ -115,7 +126,7 @@ def build_slide(sample: Sample, *, folder: Path) -> dict[str, object]:
         left = column * (width // 2) + int(rng.integers(0, width // 2 - piece.shape[1] + 1))
         canvas[top:top + piece.shape[0], left:left + piece.shape[1]] = piece
 
-    axes = (int(rng.integers(*RADII_PX)), int(rng.integers(*RADII_PX)))
+    axes = (int(rng.integers(*sample.radii_px)), int(rng.integers(*sample.radii_px)))
     centre = tissue_place(canvas, max(axes), rng)
     source = turned(colon, rng) if sample.positive else tissue_crop(skin, 512, rng)
     stamp = np.pad(source, ((256, 256), (256, 256), (0, 0)), mode="reflect")
