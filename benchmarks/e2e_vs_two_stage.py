@@ -10,7 +10,8 @@ random draws of augmented patches; its validation slides are not looked at.
 
 Sets: colon, the 100 real images of benchmarks/colon.py (96-px tiles every 50 px, seen at 128 px);
 demo, the cohort of `make demo` (256-px patches, seen at 128 px; a planted region shows in four or
-so of about 95, so all are drawn); small, the same with regions of a third of the area, built here.
+so of about 95, so all are drawn); small, the same with regions of two thirds of the area, built
+here.
 
 Table: accuracy, AUC and Brier score (mean squared error of the probabilities) of the pooled test
 slides of all folds, mean over seeds, with 95 % intervals over patients; the last model's difference
@@ -48,7 +49,7 @@ from utils.storage import read_json, read_table, write_json
 ENCODER = "efficientnet_lite0"
 SEEN_PX = 128  # side of a patch as the encoder sees it, in both ways
 FIGURES = ("accuracy", "auc", "brier")
-SMALL_RADII_PX = (60, 110)  # of the planted regions; make demo has 100 to 170
+SMALL_RADII_PX = (80, 140)  # of the planted regions; make demo has 100 to 170
 COLON = ["--lr", "1e-4", "--reg", "1e-3", "--drop_out", "0.25", "--max_epochs", "50",
          "--early_stopping", "--stop_epoch", "15", "--patience", "8"]  # as benchmarks/colon.py
 DEMO = ["--lr", "2e-4", "--drop_out", "0.25", "--max_epochs", "40"]  # as benchmarks/demo_models.py
