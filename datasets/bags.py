@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -36,8 +37,50 @@ def available_memory_bytes() -> int:
     return max(0, min(left))
 
 
-class BagDataset(Sequence[Bag]):
-    """Bags of the slides of a table, in its order.
+class TableBags(Sequence[Bag]):
+    """Bags of the slides of a table, in its order."""
+
+    def __init__(self, table: SlideTable) -> None:
+        self.table = table
+
+    @property
+    def slide_ids(self) -> tuple[str, ...]:
+        """Slide ids in order."""
+        return self.table.slide_ids
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 class indices (strata of other task types)."""
+        return self.table.labels
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Bag: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Bag]: ...
+
+    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
+        """The bag of a row; ``ItemFailed`` (``BrokenFile``) when it cannot be used."""
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        return self.read(self.slide_ids[index])
+
+    @abstractmethod
+    def read(self, slide_id: str) -> Bag:
+        """The bag of a slide of the table; errors as ``self[row]``."""
+
+    def truth_of(self, slide_id: str) -> dict[str, Any]:
+        """What the table knows of a slide, as keywords of ``Bag``."""
+        row = self.table.row_of[slide_id]
+        target = self.table.target_of(row)
+        return {"label": int(self.table.labels[row]) if target is None else None,
+                "target": target, "case_id": self.table.case_ids[row]}
+
+
+class BagDataset(TableBags):
+    """Bags of features.
 
     cache: "ram" keeps every bag that was read, "none" reads anew each time, "auto" keeps them when
     all fit in half of the free memory, shared by ``processes`` that do the same (folds, ranks).
@@ -52,7 +95,7 @@ class BagDataset(Sequence[Bag]):
                  n_bytes: int | None = None, processes: int = 1, pin: bool = False,
                  embed_dim: int | None = None, level_stores: Sequence[FeatureStore] = (),
                  level_bytes: int | None = None, children: Children | None = None) -> None:
-        self.table = table
+        super().__init__(table)
         self.store = store
         self.embed_dim = embed_dim
         self.pin = pin
@@ -75,16 +118,6 @@ class BagDataset(Sequence[Bag]):
         infos = [store.info(slide_id) for slide_id in self.table.slide_ids]
         return sum(4 * info.rows * info.width for info in infos)
 
-    @property
-    def slide_ids(self) -> tuple[str, ...]:
-        """Slide ids in order."""
-        return self.table.slide_ids
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(n,) int64 class indices (strata of other task types)."""
-        return self.table.labels
-
     def subset(self, slide_ids: Iterable[str]) -> BagDataset:
         """The bags of these slides, sharing what is kept in memory."""
         part = BagDataset(self.table.subset(slide_ids), self.store, cache="none", pin=self.pin,
@@ -106,19 +139,8 @@ class BagDataset(Sequence[Bag]):
                 failures[slide_id] = str(error)
         return failures
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, index: int) -> Bag: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Bag]: ...
-
-    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
-        """The bag of a row; ``ItemFailed`` (``BrokenFile``) when it cannot be used."""
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        slide_id = self.slide_ids[index]
+    def read(self, slide_id: str) -> Bag:
+        """See ``TableBags``; kept in memory where bags are."""
         bag = self._kept.get(slide_id)
         if bag is None:
             bag = self._read(slide_id)
@@ -133,9 +155,6 @@ class BagDataset(Sequence[Bag]):
         if self.embed_dim is not None and features.shape[1] != self.embed_dim:
             raise ItemFailed(f"{slide_id}: features have width {features.shape[1]}, expected "
                              f"{self.embed_dim}")
-        row = self.table.row_of[slide_id]
-        target = self.table.target_of(row)
         children = self._children(slide_id, coords, len(features)) if self._children else ()
         return Bag(slide_id=slide_id, features=features.pin_memory() if self.pin else features,
-                   coords=coords, label=int(self.table.labels[row]) if target is None else None,
-                   target=target, case_id=self.table.case_ids[row], children=children)
+                   coords=coords, children=children, **self.truth_of(slide_id))

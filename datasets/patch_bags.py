@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import overload
 
 import numpy as np
 
+from datasets.bags import TableBags
 from datasets.patch_sampling import Sampling, draw_rows, scale_shares
 from datasets.patch_store import PatchStore
 from datasets.patch_streams import PatchRows, StreamedPatches
@@ -54,7 +54,7 @@ class Draws:
                               "or make the file with create_patches_fp.py --save_lmdb")
 
 
-class PatchBags(Sequence[Bag]):
+class PatchBags(TableBags):
     """Bags of the slides of a table, in its order, as ``BagDataset`` has them of features.
 
     Features have the width 0; ``bag.patches`` has the pixels, of the low magnification first,
@@ -66,23 +66,14 @@ class PatchBags(Sequence[Bag]):
     def __init__(self, table: SlideTable, store: PatchStore, *, pin: bool = False,
                  same_psize: int = 0, mul_scale_ratio: float = 2.0, pad_enc_bs: bool = True,
                  sampling: Sampling = "random", num_group_2d: int = 8) -> None:
-        self.table, self.store, self.pin = table, store, pin
+        super().__init__(table)
+        self.store, self.pin = store, pin
         self._draws = Draws(same_psize=same_psize, mul_scale_ratio=mul_scale_ratio,
                             pad_enc_bs=pad_enc_bs, sampling=sampling, num_group_2d=num_group_2d)
         self._draws.check(store)
         self._for_training = False
         self._epoch_seed = 0
         self._drawn: Counter[str] = Counter()
-
-    @property
-    def slide_ids(self) -> tuple[str, ...]:
-        """Slide ids in order."""
-        return self.table.slide_ids
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(n,) int64 class indices (strata of other task types)."""
-        return self.table.labels
 
     def subset(self, slide_ids: Iterable[str]) -> PatchBags:
         """The bags of these slides for evaluation: all their patches, always the same."""
@@ -119,29 +110,15 @@ class PatchBags(Sequence[Bag]):
             return str(error)
         return ""
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, index: int) -> Bag: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Bag]: ...
-
-    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
-        """The bag of a row; ``ItemFailed`` when it has none, or drawn patches cannot be read."""
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
+    def read(self, slide_id: str) -> Bag:
+        """See ``TableBags``; ``ItemFailed`` too when drawn patches cannot be read."""
         import torch
 
-        slide_id = self.slide_ids[index]
         draw = self._for_training and self._draws.same_psize > 0
         parts, coords = self._parts(slide_id, draw=draw)
         patches = StreamedPatches(parts=parts, threads=self.store.num_workers, pin=self.pin)
-        row = self.table.row_of[slide_id]
-        target = self.table.target_of(row)
         return Bag(slide_id=slide_id, features=torch.empty(len(patches), 0), coords=coords,
-                   label=int(self.table.labels[row]) if target is None else None, target=target,
-                   case_id=self.table.case_ids[row], patches=patches.held() if draw else patches)
+                   patches=patches.held() if draw else patches, **self.truth_of(slide_id))
 
     def _parts(self, slide_id: str, *, draw: bool
                ) -> tuple[tuple[PatchRows, ...], np.ndarray | None]:
