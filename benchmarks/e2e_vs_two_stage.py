@@ -169,15 +169,11 @@ def slide_sets(options: Options) -> dict[str, SlideSet]:
 
 # ---------------------------------------------------------------------------- the six scripts
 
-# glibc gives large blocks back at once and takes them anew: a third of the time of such training
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-
-
 def run(*command: Any) -> None:
     """One script of ours, quietly; its failure ends the benchmark with its last words."""
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise ItemFailed(f"{command[0]} exit {done.returncode}: "
                          f"{(done.stderr or done.stdout)[-1500:]}")
