@@ -4,9 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/abmilx_e2e/settings.sh
 
-for MPP in "$HIGH_MPP" "$LOW_MPP"; do
-  $PYTHON create_patches_fp.py --source "$SLIDES" --save_dir "$OUT/patches_$MPP" \
-    --patch_mpp "$MPP" --patch_size "$PATCH" --step_size "$PATCH" --preset bwh_biopsy.csv \
-    --seg --patch --save_lmdb patches "$@"
-done
+COMMON=(--source "$SLIDES" --patch_size "$PATCH" --step_size "$PATCH" --preset bwh_biopsy.csv
+  --seg --patch --save_lmdb patches)
+
+$PYTHON create_patches_fp.py "${COMMON[@]}" --save_dir "$OUT/patches_$LOW_MPP" \
+  --patch_mpp "$LOW_MPP"
+$PYTHON create_patches_fp.py "${COMMON[@]}" --save_dir "$OUT/patches_$HIGH_MPP" \
+  --patch_mpp "$HIGH_MPP" "$@"
 bash scripts/clam/3_create_splits.sh

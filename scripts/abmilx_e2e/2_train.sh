@@ -15,5 +15,5 @@ $PYTHON main.py "${COMMON[@]}" --model_type abmilx --data_root_dir "$OUT/feature
 $PYTHON main.py "${COMMON[@]}" --model_type "e2e_${ENCODER}_abmilx" --exp_code "$EXP" \
   --patches "$PATCHES" --patches_low "$PATCHES_LOW" --same_psize 120 --mul_scale_ratio 6 \
   --mil_init "$OUT/results/two_stage_s1" --img_size "$SEEN_PX" --img_transform strong \
-  --crop_scale 0.8 --train_blocks 3 --opt adamw --lr 1e-4 --schedule cosine --max_epochs 4 \
-  --ema 0.98 "$@"
+  --crop_scale 0.8 --train_blocks 3 --opt adamw --lr 1e-4 --schedule cosine --max_epochs 6 \
+  --freeze_epochs 2 --ema 0.98 "$@"
