@@ -140,8 +140,6 @@ FEATURE_FLAGS: dict[str, Any] = {  # and their defaults
     "data_root_dir": None, "feature_dir": None, "child_levels": (), "child_dirs": (),
     "feature_encoder": None, "cache": "auto", "lazy_children": False, "data_h5_dir": None,
     "encoder_ckpt": None}
-
-
 PATCH_FLAGS: dict[str, Any] = {item.name: item.default for kind in (PatchSourceOptions, DrawOptions)
                                for item in fields(kind)}
 SLIDE_FLAGS = ("data_slide_dir", "slide_ext")

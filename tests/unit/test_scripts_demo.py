@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from scripts import demo_cohort
 from scripts.attention_check import SlideAttention, share_on_ellipse
 from scripts.demo import auc_text, commands, write_heatmap_config
 from scripts.demo_cohort import Sample, build_slide, plan, restained
 from tests.cli.test_documentation import flags_of
+from utils.errors import Refused
 
 
 @pytest.mark.parametrize("slides", [20, 40, 41])
@@ -78,3 +81,18 @@ def test_auc_text() -> None:
     assert auc_text({"value": 0.9, "low": 0.8, "high": 1.0}).split() == ["0.900", "0.800", "-",
                                                                         "1.000"]
     assert "one class" in auc_text({"value": None, "reason": "one class"})
+
+
+def test_planted_regions_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    (sample,) = plan(1, 7, radii_px=(30, 40))
+    row = build_slide(sample, folder=tmp_path)
+    assert all(30 <= row[name] < 40 for name in ("radius_x", "radius_y"))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("radii", [["110", "60"], ["60"]])
+def test_sizes_that_are_no_range_are_refused(
+    radii: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo_cohort.py", "--out", str(tmp_path), "--radii", *radii])
+    with pytest.raises(Refused, match="expected a smaller and a larger number"):
+        demo_cohort.main()
