@@ -157,6 +157,8 @@ def plan_folds(job: Job, folds: range, *, overwrite: bool) -> dict[int, FoldStat
               encoded_together=spec.options.get("batch_size"))
     with torch.device("meta"):
         build_slide_model(spec)  # what cannot be built is refused now
+    if job.start:
+        job.model(folds.start)  # and weights that do not fit
     settings = {fold: run_settings(job.fit, job.facts(fold), ranks=job.where.group.size)
                 for fold in folds}
     check_other_folds(job.folder, folds, settings[folds.start])

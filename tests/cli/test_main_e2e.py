@@ -204,6 +204,14 @@ def test_slide_model_starts_from_a_checkpoint(cohort: Path, baseline: Path, tmp_
     assert not equal(before, after)  # the encoder starts anew
 
 
+def test_weights_that_do_not_fit_are_refused_before_any_work(cohort: Path, baseline: Path,
+                                                             tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="--mil_init .*must be of the same slide model"):
+        main.main(flags(cohort, tmp_path, "--mil_init", baseline,
+                        model_type="e2e_test_resnet_max"))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 # ---------------------------------------------------------------------------- patches in slides
 
 def write_slides(root: Path, cohort: Path) -> list[PatchCoords]:
