@@ -7,7 +7,8 @@ The config is looked up in heatmaps/configs/ or taken as a path; config_template
 every key. A slide is encoded once without overlap and once with (what coincides is not encoded
 again), and each result is kept with the parameters that it was made with: the same command again
 only does what is missing. A hag_mil of several magnifications has a map a level instead, with the
-patches outlined that it looked into; an end-to-end model brings its own encoder. Writes
+patches outlined that it looked into; an end-to-end model brings its own encoder; the map of a
+streaming model, its attention or its gradient, is led back from the packed image. Writes
 <raw_save_dir>/<exp>/<label>/<slide>/ (features, scores, mask), <production_save_dir>/<exp>/
 (pictures, sampled patches, <slide>_attention.geojson for QuPath), heatmaps/results/<list>.csv and
 <raw_save_dir>/<exp>/report_heatmaps.csv. Asks before it starts when run on a terminal without
@@ -17,27 +18,27 @@ patches outlined that it looked into; an end-to-end model brings its own encoder
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from datasets.heatmap_config import (
     CLAM_ENCODER,
     CLAM_PX,
     EncoderArguments,
     HeatmapConfig,
+    StreamingArguments,
     as_yaml,
     find_config,
     load_config,
 )
-from datasets.heatmap_items import HeatmapItem, list_items
+from datasets.heatmap_images import ImageTools, direct_mpp, pick_source, score_image
+from datasets.heatmap_items import list_items
 from datasets.heatmap_levels import find_children
-from datasets.heatmap_pictures import process_slide
-from datasets.heatmap_scale import TrainedScale
+from datasets.heatmap_run import draw_slides
+from datasets.heatmap_scale import ImageScale, TrainedScale
 from datasets.heatmap_scores import Outputs, Tools, score_bag
 from models.e2e_patches import aggregator, end_to_end_encoder
 from models.encoder_registry import E2E_PREFIX
@@ -49,10 +50,7 @@ from utils.contracts import Bag, SlideModel
 from utils.devices import Precision, check_precision, pick_device
 from utils.errors import EXIT_OK, BrokenFile, Refused, run_script
 from utils.options import option, parse, resolved
-from utils.parallel import run_items
-from utils.report import Row, RunReport, Status, outcome_row
 from utils.storage import inside, plain, read_json, writable_folder, write_text
-from wsi_core.process_list import ProcessList
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
     from models.e2e import EndToEnd
 
 RESULTS = Path("heatmaps/results")
-STATUS_CELLS = {Status.DONE: "processed", Status.SKIPPED: "processed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ class Options:
     yes: bool = option(False, help="do not ask before starting (a terminal is asked otherwise)")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N")
     workers: int = option(1, help="threads that read patches", low=1)
-    precision: Precision = option("fp32", help="precision of the encoder")
+    precision: Precision = option("fp32", help="precision of the encoder or streaming model")
 
 
 def confirm() -> None:
@@ -155,12 +152,39 @@ def own_encoder(asked: EncoderArguments, trained: TrainedModel, model: EndToEnd,
     return encoder
 
 
+def image_tools(asked: StreamingArguments, trained: TrainedModel, outputs: Outputs, *,
+                device: torch.device, precision: Precision) -> ImageTools:
+    """A streaming model, as a callable for every slide's image."""
+    source = pick_source(
+        asked.source, has_attention=trained.spec.options["head"] == "gated_attention")
+    mpp_um = direct_mpp(asked, trained.trained_on)
+    model: Any = trained.build().eval().requires_grad_(False).to(device)
+    print(f"note: a streaming model: its {source} is drawn in squares of {model.stride} px of the "
+          "image; patching_arguments, encoder_arguments, batch_size, use_ref_scores, calc_heatmap "
+          "and --workers have no effect")
+    if trained.trained_on.get("image_size"):
+        print(f"note: it is shown whole images, in training squares of "
+              f"{trained.trained_on['image_size']} px")
+    return ImageTools(
+        score=partial(score_image, model=model, device=device, precision=precision,
+                      outputs=outputs, source=source),
+        model={"sha256": trained.sha256, "precision": precision, **asdict(trained.spec)},
+        outputs=outputs, source=source, stride_px=model.stride, slide_images=asked.slide_images,
+        mpp_um=mpp_um, scale=ImageScale(trained.trained_on))
+
+
 def load_tools(config: HeatmapConfig, *, device: torch.device, precision: Precision,
-               workers: int) -> Tools:
+               workers: int) -> Tools | ImageTools:
     """Encoder and slide model, checked against each other, as callables for every slide."""
     from datasets.patches import encode_slide
 
     trained, outputs = read_model(config)
+    if trained.material == "images":
+        return image_tools(config.streaming_arguments, trained, outputs, device=device,
+                           precision=precision)
+    if config.streaming_arguments != StreamingArguments():
+        raise Refused(f"streaming_arguments have no effect: {trained.spec.model_type} is no "
+                      "streaming model; leave them out")
     built: Any = trained.build().eval()
     scale = TrainedScale(trained.record.get("patches") or {})
     children = find_children(config.patching_arguments, record=trained.record,
@@ -182,33 +206,6 @@ def load_tools(config: HeatmapConfig, *, device: torch.device, precision: Precis
         score=partial(score_bag, model=model.to(device), device=device),
         encoder=encoder.record(), model={"sha256": trained.sha256, **asdict(trained.spec)},
         outputs=outputs, in_bags=in_bags, children=children, scale=scale)
-
-
-def fill_row(table: ProcessList, row: dict[str, str], result: Row) -> None:
-    """What became of a slide, in its row; ``process`` 0 where nothing is left to do."""
-    cells = {name: str(plain(value)) for name, value in result.numbers.items()}
-    row.update(cells, status=STATUS_CELLS.get(result.status, result.status.value),
-               reason=result.reason)
-    if result.status not in (Status.FAILED, Status.BUSY):
-        row["process"] = "0"
-    table.columns += [name for name in row if name not in table.columns]
-
-
-def draw_slides(table: ProcessList, items: Sequence[HeatmapItem], *, config: HeatmapConfig,
-                tools: Tools, results: Path) -> RunReport:
-    """Every slide in turn; its row is saved as soon as it ends."""
-    report = RunReport("heatmaps")
-    rows: Mapping[str, dict[str, str]] = {
-        item.slide_id: row for item, row in zip(items, table.rows.values(), strict=True)}
-    todo = [item for item in items if item.process]
-    outcomes = run_items(process_slide, todo, workers=0,
-                         arguments={"config": config, "tools": tools})
-    for outcome in tqdm(outcomes, total=len(todo), desc="heatmaps", disable=None):
-        result = outcome_row(name := outcome.item.slide_id, outcome)
-        report.add(result)
-        fill_row(table, rows[name], result)
-        table.save(results)
-    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

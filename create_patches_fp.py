@@ -22,6 +22,11 @@ into folders beside save_dir, OUT_level_1_corresponding and OUT_level_0_correspo
     python create_patches_fp.py --source SLIDES --save_dir OUT_level_2 --seg --patch \\
         --patch_level 2 --child_levels 1 0
 
+The tissue of each slide as one image of 2 um per pixel, its pieces packed together, for streaming
+models (with or without --patch):
+
+    python create_patches_fp.py --source SLIDES --save_dir OUT --seg --slide_images 2.0
+
 Every file directly in SLIDES is a slide (hidden files and, without --recursive, sub-folders are
 left out). Writes patches/<slide>.h5 (level-0 coordinates), masks/ and stitches/<slide>.jpg,
 process_list_autogen.csv, report_patches.csv and .json. Running the same command again goes on
@@ -61,7 +66,7 @@ from wsi_core.patch_options import (
 
 if TYPE_CHECKING:
     from models.tissue_networks import TissuePredictor
-    from wsi_core.patching import PatchJob, PatchPlan
+    from wsi_core.patch_plan import PatchJob, PatchPlan
     from wsi_core.process_list import ProcessList
 
 SAVE_EVERY_S = 1.0  # the process list, while slides finish
@@ -136,11 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_options(options: Options) -> None:
     """Refuse combinations that would do nothing or cannot be done."""
     beside = (options.stitch, options.visualize, options.save_geojson, options.save_images,
-              options.save_lmdb)
+              options.save_lmdb, options.slide_images)
     if not (options.seg or options.patch or any(beside)):
         raise Refused("nothing to do: give --seg (masks), --seg --patch (coordinates), --stitch")
     if options.patch and not options.seg:
         raise Refused("--patch needs the tissue outlines: give --seg --patch")
+    if options.slide_images is not None and not options.seg:
+        raise Refused("--slide_images packs the tissue that is found: give --seg as well")
     if (options.child_levels or options.child_mpp) and not options.patch:
         raise Refused("finer levels come from coarse coordinates: give --seg --patch as well")
     if not options.source.is_dir():
@@ -191,7 +198,8 @@ def do_jobs(jobs: list[PatchJob], plan: PatchPlan, listing: ProcessList, report:
         row = outcome_row(name := outcome.item.listed_as, outcome)
         settle(listing, report, row)
         counts = ", ".join(f"{row.numbers[key]} {text}" for key, text in
-                           (("n_contours", "contours"), ("n_patches", "patches"))
+                           (("n_contours", "contours"), ("n_patches", "patches"),
+                            ("image_px", "px of image"))
                            if row.numbers.get(key, "") != "")
         note = f" ({row.reason})" if row.status is Status.DONE and row.reason else ""
         tqdm.write(f"{name}: {LIST_STATUS[row.status]}{counts and ', ' + counts}, "

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from datasets.cohort import check_sources
+from datasets.bag_sources import PixelSource, PixelSourceOptions, pixel_source
 from datasets.evaluated import EvaluatedSlides, SlideOptions, find_slides
-from datasets.patch_bag_options import PatchSourceOptions
 from datasets.tasks import Task, TaskOptions, load_task
 from models.encoders import matching_encoder
 from models.trained import CheckpointOptions, TrainedModel, load_folds
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SlideOptions, PatchSourceOptions, CheckpointOptions, TaskOptions):
+class Options(SlideOptions, PixelSourceOptions, CheckpointOptions, TaskOptions):
     """Flags of eval.py."""
 
     models_exp_code: str = option(help="folder of the trained models in --results_dir, with _s1")
@@ -83,7 +82,7 @@ class Options(SlideOptions, PatchSourceOptions, CheckpointOptions, TaskOptions):
 
 # What makes another evaluation, beside models and slides
 SETTINGS = (*(item.name for item in fields(TaskOptions) if item.name != "tasks_file"),
-            *(item.name for item in fields(PatchSourceOptions) if item.name != "num_workers"),
+            *(item.name for item in fields(PixelSourceOptions) if item.name != "num_workers"),
             "feature_dir", "data_root_dir", "results_dir", "models_exp_code", "splits_dir", "split",
             "micro_average", "n_bootstrap", "seed", "precision", "child_levels", "child_dirs",
             "lazy_children", "weights")
@@ -104,7 +103,7 @@ class Inputs:
         return [f"evaluating {len(self.models)} folds on {len(check.usable)} slides "
                 f"(split '{split}')",
                 *(f"note: {note}" for notes in (table.notes, check.notes, *(
-                    [*model.notes, *model.patch_notes(self.slides.patches)]
+                    [*model.notes, *model.pixel_notes(self.slides.pixel_facts)]
                     for model in self.models.values())) for note in notes)]
 
     def warnings(self) -> tuple[str, ...]:
@@ -138,19 +137,16 @@ class Inputs:
                                        in enumerate(self.slides.names))}
 
 
-def read_slides(task: Task, models: dict[int, TrainedModel], *, patches: dict[str, Any],
+def read_slides(task: Task, models: dict[int, TrainedModel], *, pixels: PixelSource | None,
                 **slides: Any) -> EvaluatedSlides:
-    """The slides, which must suit the models, or ``Refused``.
-
-    patches, slides: arguments of ``find_slides``
-    """
+    """The slides, which must suit the models, or ``Refused``; arguments of ``find_slides``."""
     first = next(iter(models.values()))
     finer = first.finer_levels(slides["child_levels"], dirs=len(slides["child_dirs"]))
     found = find_slides(task, list(models), **{
-        **slides, "child_levels": finer, "patches": patches if first.end_to_end else None,
+        **slides, "child_levels": finer, "pixels": pixels,
         "splits_dir": slides["splits_dir"] or first.path.parent})
     for model in models.values():
-        if not model.end_to_end:
+        if pixels is None:
             model.check_features(found.check.width, found.check.encoder)
     return found
 
@@ -160,7 +156,7 @@ def predict_folds(found: Inputs, report: RunReport, how: Measuring, *, device: t
                   ) -> tuple[dict[int, Evaluation], dict[str, str]]:
     """Figures of every fold, and why slides have no prediction; a row a fold for the report."""
     slides, view = found.slides, VIEWS[found.task.task_type]
-    if slides.patches and device.type == "cpu":
+    if slides.pixel_facts and device.type == "cpu":
         keep_freed_memory()
     bags = slides.bags()
     folds, failed = {}, {}
@@ -195,10 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = load_folds(models_folder, folds, class_names=task.class_names or task.label_cols,
                         task_type=task.task_type, v_patch=options.v_patch,
                         **pick(CheckpointOptions, options))
-    check_sources(options, model_type=models[folds[0]].spec.model_type,
-                  end_to_end=models[folds[0]].end_to_end)
+    first = models[folds[0]]
+    pixels = pixel_source(options, model_type=first.spec.model_type, material=first.material,
+                          trained=first.trained_on)
     found = Inputs(task=task, folder=models_folder, models=models, slides=read_slides(
-        task, models, patches=pick(PatchSourceOptions, options), **pick(SlideOptions, options),
+        task, models, pixels=pixels, **pick(SlideOptions, options),
         part=options.split, encoder_of=partial(matching_encoder, device=str(device)),
         cache_root=options.output_root / "lazy_features"))
     view = VIEWS[task.task_type]

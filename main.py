@@ -7,6 +7,8 @@
         --split_dir cohort_100 --model_type abmil --exp_code cohort --fold_workers 2
     python main.py --csv_path cohort.csv --label_dict benign:0,cancer:1 --split_dir cohort_100 \\
         --model_type e2e_r18_abmilx --patches high.lmdb --patches_low low.lmdb --same_psize 128
+    python main.py --csv_path cohort.csv --label_dict benign:0,cancer:1 --split_dir cohort_100 \\
+        --model_type streaming_resnet34 --slide_images patches/slide_images --image_size 8192
     torchrun --nproc_per_node 4 main.py ...          (several GPUs on each fold)
 
 Writes to <results_dir>/<exp_code>_s<seed>/: s_{k}_checkpoint.pt (+ .json), splits_{k}.csv,
@@ -23,13 +25,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets.cohort import Cohort, CohortOptions, check_sources, load_cohort
-from datasets.patch_bag_options import DrawOptions, PatchSourceOptions
+from datasets.bag_sources import TrainingSourceOptions, pixel_source
+from datasets.cohort import Cohort, CohortOptions, load_cohort
 from datasets.split_folder import SplitPlace, find_split_folder
 from datasets.tasks import TaskOptions, load_task
 from datasets.training_facts import training_facts
 from models.model_flags import ModelFlags, describe_model
-from models.model_names import is_end_to_end
+from models.model_names import material_of
 from models.options import PretrainedOptions
 from models.slide_models import SlideModelSpec, build_slide_model
 from models.starting_weights import StartingWeights, starting_weights
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ModelFlags, PretrainedOptions, FitOptions, CohortOptions, SplitPlace,
-              PatchSourceOptions, DrawOptions, TaskOptions):
+              TrainingSourceOptions, TaskOptions):
     """Flags of main.py: of the run, the slides, the training and the model (see their classes)."""
 
     k: int = option(10, help="number of folds", low=1)
@@ -127,7 +129,7 @@ def train_fold(fold: int, *, job: Job, states: dict[int, FoldState]) -> list[Row
         if group.from_main(states[fold] is not FoldState.REPLACED and files.record.exists()):
             return fold_rows(files, status=Status.SKIPPED)  # another process was faster
         torch.set_num_threads(job.where.threads)
-        if job.cohort.patches and job.where.device.type == "cpu":
+        if job.cohort.pixels and job.where.device.type == "cpu":
             keep_freed_memory()
         if group.is_main:
             if states[fold] is FoldState.REPLACED:
@@ -153,10 +155,9 @@ def plan_folds(job: Job, folds: range, *, overwrite: bool) -> dict[int, FoldStat
     from utils.engine import run_settings
 
     spec = job.spec_of(folds.start)
-    check_fit(job.fit, spec.objective(), processes=job.where.group.size,
-              encoded_together=spec.options.get("batch_size"))
     with torch.device("meta"):
-        build_slide_model(spec)  # what cannot be built is refused now
+        model = build_slide_model(spec)  # what cannot be built is refused now
+    check_fit(job.fit, model, processes=job.where.group.size)
     if job.start:
         job.model(folds.start)  # and weights that do not fit
     settings = {fold: run_settings(job.fit, job.facts(fold), ranks=job.where.group.size)
@@ -208,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     levels = options.child_dirs or options.child_levels
     spec = describe_model(options, task_type=task.task_type, n_classes=task.n_outputs,
                           n_levels=1 + len(levels))
-    end_to_end = is_end_to_end(spec.model_type)
-    check_sources(options, model_type=spec.model_type, end_to_end=end_to_end)
+    pixels = pixel_source(options, model_type=spec.model_type,
+                          material=material_of(spec.model_type))
     start = starting_weights(spec.model_type, **pick(PretrainedOptions, options))
     fit = FitOptions(**pick(FitOptions, options))
     check_precision(fit.precision, device)
@@ -218,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cohort = load_cohort(
         task, split_folder=split_folder, folds=folds, embed_dim=spec.embed_dim,
         processes=max(options.fold_workers, local_processes()), pin=device.type == "cuda",
-        patches=pick(PatchSourceOptions, options) if end_to_end else None,
-        draws=pick(DrawOptions, options) if end_to_end else None, **pick(CohortOptions, options))
+        pixels=pixels, **pick(CohortOptions, options))
     import torch
 
     folder = writable_folder(options.results_dir / f"{exp_code}_s{options.seed}",

@@ -66,6 +66,41 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def gpu_mb() -> float:
+    """Memory of the GPU that is free now; asking takes some, so in a process of its own."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] / 2**20
+
+
+class Meter:
+    """Peak of memory from here on, over what is in use now."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._cuda = torch.cuda if device == "cuda" else None
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats()
+        forget_peak()
+        self._before = self._peak()
+
+    def _peak(self) -> float:
+        return self._cuda.max_memory_allocated() / 2**20 if self._cuda else peak_mb()
+
+    def extra_mb(self) -> float:
+        """MB."""
+        return self._peak() - self._before
+
+    def waited(self, work: Callable[[], object]) -> Callable[[], None]:
+        """``work``, done when the device is done."""
+        def done() -> None:
+            work()
+            if self._cuda:
+                self._cuda.synchronize()
+        return done
+
+
 def in_new_process(work: Callable[..., Result], *arguments: Any) -> Result:
     """What ``work`` returns, run where no earlier measurement has left memory behind."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

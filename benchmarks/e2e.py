@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,12 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks._measure import best_of, forget_peak, in_new_process, median_ms, peak_mb
+from benchmarks._measure import Meter, best_of, gpu_mb, in_new_process, median_ms
 from benchmarks._steps import step_of
-from datasets.bags import available_memory_bytes
 from models.model_names import MIL_NAMES
 from utils.contracts import Bag
 from utils.errors import EXIT_OK, run_script
+from utils.memory import available_memory_bytes
 from utils.options import option, parse
 from utils.storage import write_json
 
@@ -293,41 +293,6 @@ def footprint_of(setup: Setup) -> Footprint:
     in_all = sum(one.untyped_storage().nbytes() for one in distinct.values())
     held, between, largest = (size / 2 / 2**20 for size in (in_all, sum(inputs), max(sizes)))
     return Footprint(held=held, between=between, largest=largest)
-
-
-def gpu_mb() -> float:
-    """Memory of the GPU that is free now; asking takes some, so in a process of its own."""
-    import torch
-
-    return torch.cuda.mem_get_info()[0] / 2**20
-
-
-class Meter:
-    """Peak of memory from here on, over what is in use now."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        self._cuda = torch.cuda if device == "cuda" else None
-        if self._cuda:
-            self._cuda.reset_peak_memory_stats()
-        forget_peak()
-        self._before = self._peak()
-
-    def _peak(self) -> float:
-        return self._cuda.max_memory_allocated() / 2**20 if self._cuda else peak_mb()
-
-    def extra_mb(self) -> float:
-        """MB."""
-        return self._peak() - self._before
-
-    def waited(self, work: Callable[[], object]) -> Callable[[], None]:
-        """``work``, done when the device is done."""
-        def done() -> None:
-            work()
-            if self._cuda:
-                self._cuda.synchronize()
-        return done
 
 
 # ---------------------------------------------------------------------------- patches

@@ -129,7 +129,8 @@ def run_slide(slide_path: Path, save_dir: Path, patch: int, repeats: int) -> dic
     """Time a slide from file to h5, mask and stitch, and the floor under it."""
     from wsi_core.coords import read_coords
     from wsi_core.outputs import OutputPlan
-    from wsi_core.patching import PatchJob, PatchPlan, patch_slide
+    from wsi_core.patch_plan import PatchJob, PatchPlan
+    from wsi_core.patching import patch_slide
     from wsi_core.slide import open_slide, read_level
 
     job = PatchJob(slide_path=slide_path, parameters=DEFAULTS)
@@ -162,7 +163,8 @@ def run_physical(slide_path: Path, folder: Path, repeats: int) -> dict[str, dict
     from wsi_core.coords import read_coords
     from wsi_core.dry_run import survey_slide
     from wsi_core.find_tissue import TissueSearch
-    from wsi_core.patching import PatchJob, PatchPlan, patch_slide
+    from wsi_core.patch_plan import PatchJob, PatchPlan
+    from wsi_core.patching import patch_slide
 
     clam_wall, clam_cpu = best_of(repeats, lambda: clams_way(slide_path, 512))
     print(f"CLAM's way on the same overview: {clam_wall:.3f} s wall, {clam_cpu:.3f} s CPU")

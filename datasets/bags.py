@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -15,26 +13,10 @@ from datasets.levels import Children, StoredLevels
 from datasets.table import SlideTable
 from utils.contracts import Bag
 from utils.errors import ItemFailed
+from utils.memory import available_memory_bytes
 
 CacheMode = Literal["auto", "ram", "none"]
 _MEMORY_SHARE = 0.5  # of what is free now; the rest is for the model and for everybody else
-
-
-def available_memory_bytes() -> int:
-    """Memory this process could take now: what the machine, and its container, have left."""
-    left = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        left.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        group = Path("/sys/fs/cgroup")
-        if (group / limit).exists() and (group / limit).read_text().strip() != "max":
-            left.append(int((group / limit).read_text()) - int((group / used).read_text()))
-    if not left:
-        left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(0, min(left))
 
 
 class TableBags(Sequence[Bag]):

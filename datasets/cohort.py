@@ -1,23 +1,23 @@
 """The slides of a cross-validation: splits, and the bags that can be used, checked up front.
 
-Bags hold features, or for end-to-end models patches; the rest is the same.
+Bags hold features, patches or images, as the model wants them; the rest is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from datasets.bag_sources import PixelSource, pixel_bags
 from datasets.bags import BagDataset, CacheMode
 from datasets.features import FeatureStore, StoreCheck
+from datasets.image_bags import ImageBags
 from datasets.levels import level_stores
-from datasets.patch_bag_options import DrawOptions, PatchSourceOptions
 from datasets.patch_bags import PatchBags
-from datasets.patch_store import PatchStore
 from datasets.splits import Split, check_split, read_split, split_files, split_notes
 from datasets.table import SlideTable, load_table
 from datasets.tasks import Task
@@ -26,6 +26,7 @@ from utils.options import option
 from utils.report import Row, Status
 from utils.storage import canonical, write_text
 
+Bags = BagDataset | PatchBags | ImageBags
 VAL_IS_TEST = ("the test slides are the validation slides too (--val_is_test): the best epoch is "
                "chosen on them, so all figures are optimistic")
 
@@ -35,7 +36,7 @@ class CohortOptions:
     """Flags of main.py that say which slides are used, and which features."""
 
     data_root_dir: Path | None = option(None, help="folder with the feature folders (all models "
-                                        "but e2e)")
+                                        "but e2e and streaming)")
     feature_encoder: str | None = option(None, help="which features, where a folder holds those "
                                          "of several encoders")
     child_levels: tuple[int, ...] = option((), low=0, help="finer levels of hag_mil, coarse to "
@@ -63,23 +64,23 @@ class Cohort:
     val_is_test: the legacy protocol, in which the test slides are the validation slides too; the
     splits stay as they are
     level_rows: patches of each slide on each finer level, coarse to fine
-    patches: what the patches of an end-to-end model are; None where bags hold features
-    draws: how those of a training slide are drawn
+    pixels: where those of the bags come from, and how they are drawn; None where they hold features
+    pixel_facts: what they are
     """
 
     asked: Mapping[int, Split]
     splits: Mapping[int, Split]
-    bags: BagDataset | PatchBags
+    bags: Bags
     rows: Mapping[str, int]
     encoder: dict[str, Any] | None
     left_out: tuple[Row, ...]
     notes: tuple[str, ...]
     val_is_test: bool = False
     level_rows: tuple[Mapping[str, int], ...] = ()
-    patches: dict[str, Any] | None = None
-    draws: Mapping[str, Any] = field(default_factory=dict)
+    pixels: PixelSource | None = None
+    pixel_facts: Mapping[str, Any] | None = None
 
-    def parts(self, fold: int) -> dict[str, BagDataset | PatchBags]:
+    def parts(self, fold: int) -> dict[str, Bags]:
         """Bags of ``train``, ``val`` and ``test``."""
         ids = self.splits[fold].parts()
         if self.val_is_test:
@@ -102,7 +103,8 @@ class Cohort:
         levels = [sum(rows[slide] for slide in used) for rows in self.level_rows]
         return {**({"val_is_test": True} if self.val_is_test else {}),
                 **({"n_patches_of_levels": levels} if levels else {}),
-                **({"patches": {**self.patches, **self.draws}} if self.patches else {}),
+                **({self.pixels.material: {**(self.pixel_facts or {}), **self.pixels.draws}}
+                   if self.pixels else {}),
                 "class_names": list(table.output_names), "encoder": self.encoder,
                 "n_patches": sum(self.rows[slide] for slide in used),
                 "slides": hashlib.sha256(canonical(asked).encode()).hexdigest()[:16],
@@ -111,7 +113,8 @@ class Cohort:
 
     def origin(self) -> dict[str, Any]:
         """What the bags were made of, for the record of a model."""
-        return {"encoder": self.encoder, "patches": self.patches}
+        return {"encoder": self.encoder, "patches": None, **(
+            {self.pixels.material: self.pixel_facts} if self.pixels else {})}
 
     def overview(self) -> list[str]:
         """A line a fold: the slides of each part by class."""
@@ -136,37 +139,10 @@ class Cohort:
         return not self.bags.subset([slide_id]).verify()
 
 
-FEATURE_FLAGS: dict[str, Any] = {  # and their defaults
-    "data_root_dir": None, "feature_dir": None, "child_levels": (), "child_dirs": (),
-    "feature_encoder": None, "cache": "auto", "lazy_children": False, "data_h5_dir": None,
-    "encoder_ckpt": None}
-PATCH_FLAGS: dict[str, Any] = {item.name: item.default for kind in (PatchSourceOptions, DrawOptions)
-                               for item in fields(kind)}
-SLIDE_FLAGS = ("data_slide_dir", "slide_ext")
-
-
-def check_sources(flags: object, *, model_type: str, end_to_end: bool) -> None:
-    """``Refused`` when the slides' patches are not given, or a flag that does nothing is.
-
-    flags: options that have those of ``CohortOptions``, ``PatchSourceOptions``, ``DrawOptions``
-    """
-    idle = FEATURE_FLAGS if end_to_end else PATCH_FLAGS
-    if hasattr(flags, "lazy_children"):  # which take the slides too
-        idle = {name: idle[name] for name in idle if name not in SLIDE_FLAGS}
-    for name, default in idle.items():
-        if getattr(flags, name, default) != default:
-            what = "patches" if end_to_end else "features"
-            raise Refused(f"--{name} has no effect: {model_type} learns from {what}; leave it out")
-    if end_to_end and getattr(flags, "patches", None) is None:
-        raise Refused(f"--patches is missing: {model_type} learns from patches, an LMDB of "
-                      "create_patches_fp.py --save_lmdb, or its folder of coordinates with "
-                      "--data_slide_dir")
-
-
 def load_cohort(
     task: Task, *, split_folder: Path, folds: Iterable[int], embed_dim: int,
-    data_root_dir: Path | None = None, patches: Mapping[str, Any] | None = None,
-    draws: Mapping[str, Any] | None = None, allow_missing: bool = False, testing: bool = False,
+    data_root_dir: Path | None = None, pixels: PixelSource | None = None,
+    allow_missing: bool = False, testing: bool = False,
     cache: CacheMode = "auto", processes: int = 1, pin: bool = False,
     allow_shared_patients: bool = False, val_is_test: bool = False,
     child_levels: Sequence[int] = (), child_dirs: Sequence[Path] = (),
@@ -174,8 +150,7 @@ def load_cohort(
 ) -> Cohort:
     """Read and check the table, the splits of ``folds``, and the shape of every feature file.
 
-    data_root_dir: of the features; or, for an end-to-end model, patches: keywords of
-    ``PatchStore.open``, and draws: those of ``PatchBags``
+    data_root_dir: of the features; or pixels: where those of patches or images are
     testing: keep a tenth of the slides of each class in each part, for a try-out
     cache, processes, pin: see ``BagDataset``
     val_is_test: the legacy protocol, in which the test slides are the validation slides too
@@ -191,11 +166,13 @@ def load_cohort(
                  for fold, split in asked.items()}
     slides = {slide for split in asked.values() for ids in split.parts().values() for slide in ids}
     wanted = [slide for slide in table.slide_ids if slide in slides]
-    bags: BagDataset | PatchBags
-    if patches is not None:
-        source = PatchStore.open(**patches)
+    bags: Bags
+    pixel_facts = None
+    if pixels is not None:
+        source = pixels.open()
         found = source.check(wanted, allow_missing=allow_missing, table_ids=table.slide_ids)
-        bags = PatchBags(table.subset(found.usable), source, pin=pin, **(draws or {}))
+        bags = pixel_bags(table.subset(found.usable), source, pin=pin, draws=pixels.draws)
+        pixel_facts = source.facts()
     else:
         store = feature_store(task, table, data_root_dir, encoder=feature_encoder)
         finer = level_stores(store, child_levels, child_dirs=child_dirs)
@@ -210,7 +187,7 @@ def load_cohort(
                   encoder=found.encoder, left_out=_rows(found), val_is_test=val_is_test,
                   notes=_notes(table, splits, found, val_is_test=val_is_test),
                   level_rows=tuple(level.rows for level in found.levels),
-                  patches=None if patches is None else source.facts(), draws=draws or {})
+                  pixels=pixels, pixel_facts=pixel_facts)
 
 
 def feature_store(task: Task, table: SlideTable, data_root: Path | None, *, encoder: str | None

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from datasets.bag_sources import PixelSource, pixel_bags
 from datasets.bags import BagDataset
-from datasets.cohort import feature_store
+from datasets.cohort import Bags, feature_store
 from datasets.features import FeatureStore, StoreCheck
+from datasets.image_store import ImageStore
 from datasets.levels import find_level_roots, level_stores
-from datasets.patch_bags import PatchBags
 from datasets.patch_store import PatchStore
 from datasets.patches import PatchEncoder, SlidePatches
 from datasets.splits import read_split
@@ -40,7 +41,7 @@ class SlideOptions:
     """The flags that say where splits and features lie, those of finer levels too."""
 
     data_root_dir: Path | None = option(None, help="folder with the feature folders (all models "
-                                        "but e2e)")
+                                        "but e2e and streaming)")
     splits_dir: Path | None = option(None, help="folder with splits_{k}.csv (default: the models')")
     feature_encoder: str | None = option(None, help="which features, where a folder holds those "
                                          "of several encoders")
@@ -64,13 +65,13 @@ class SlideOptions:
 class EvaluatedSlides:
     """What is evaluated. parts: slide ids of each fold; check: which of them can be used.
 
-    store: of the features, or of the patches of end-to-end models
+    store: of the features, the patches or the images
     finer: stores of the finer levels, coarse to fine; lazy: what computes them instead
     """
 
     table: SlideTable
     parts: Mapping[int, tuple[str, ...]]
-    store: FeatureStore | PatchStore
+    store: FeatureStore | PatchStore | ImageStore
     check: StoreCheck
     finer: tuple[FeatureStore, ...] = ()
     lazy: LazyChildren | None = None
@@ -91,23 +92,24 @@ class EvaluatedSlides:
         return dict(zip(self.table.slide_ids, self.table.case_ids, strict=True))
 
     @property
-    def patches(self) -> dict[str, Any] | None:
-        """What the patches of end-to-end models are; None where bags hold features."""
-        return self.store.facts() if isinstance(self.store, PatchStore) else None
+    def pixel_facts(self) -> dict[str, Any] | None:
+        """What the pixels of patches or images are; None where bags hold features."""
+        return None if isinstance(self.store, FeatureStore) else self.store.facts()
 
     @property
     def origin(self) -> str:
         """Where the bags come from, for a reader."""
-        if isinstance(self.store, PatchStore):
-            return f"{self.store.root} (patches)"
+        if not isinstance(self.store, FeatureStore):
+            kind = "images" if isinstance(self.store, ImageStore) else "patches"
+            return f"{self.store.root} ({kind})"
         encoder = (self.check.encoder or {}).get("name", "unknown encoder")
         return f"{self.store.root} (width {self.check.width}, {encoder})"
 
-    def bags(self) -> BagDataset | PatchBags:
+    def bags(self) -> Bags:
         """Bags of the slides that can be used."""
         table = self.table.subset(self.check.usable)
-        if isinstance(self.store, PatchStore):
-            return PatchBags(table, self.store)
+        if not isinstance(self.store, FeatureStore):
+            return pixel_bags(table, self.store)
         return BagDataset(
             table, self.store, n_bytes=self.check.n_bytes,
             level_stores=self.finer, level_bytes=sum(one.n_bytes for one in self.check.levels),
@@ -131,7 +133,7 @@ class EvaluatedSlides:
 
     def _stamps(self, slide: str) -> list[tuple[int, int]]:
         """Size and date of the files of a slide."""
-        if isinstance(self.store, PatchStore):
+        if not isinstance(self.store, FeatureStore):
             return self.store.stamps(slide)
         files = [*(store.find(slide) for store in (self.store, *self.finer)),
                  *(self.lazy.files(slide) if self.lazy else ())]
@@ -141,22 +143,22 @@ class EvaluatedSlides:
 def find_slides(
     task: Task, folds: Sequence[int], *, part: str, splits_dir: Path,
     allow_missing: bool, allow_shared_patients: bool, data_root_dir: Path | None = None,
-    patches: Mapping[str, Any] | None = None, feature_encoder: str | None = None,
-    child_levels: Sequence[int] = (),
-    child_dirs: Sequence[Path] = (), lazy_children: bool = False, cache_root: Path | None = None,
+    pixels: PixelSource | None = None, feature_encoder: str | None = None,
+    child_levels: Sequence[int] = (), child_dirs: Sequence[Path] = (),
+    lazy_children: bool = False, cache_root: Path | None = None,
     encoder_of: EncoderOf | None = None, encoder_ckpt: Path | None = None, **places: Any,
 ) -> EvaluatedSlides:
     """Read and check table, splits and features before any work, or ``Refused``.
 
     splits_dir to encoder_ckpt: see ``SlideOptions``; places: its other flags
-    patches: of end-to-end models, keywords of ``PatchStore.open``
+    pixels: where those of patches or images are, for models that take them
     cache_root: folder for lazy features; encoder_of: loads the encoder of features
     """
     table = load_table(task)
     parts = _read_parts(part, splits_dir, folds, table, allow_shared=allow_shared_patients)
     slides = list(dict.fromkeys(slide for ids in parts.values() for slide in ids))
-    if patches is not None:
-        source = PatchStore.open(**patches)
+    if pixels is not None:
+        source = pixels.open()
         return EvaluatedSlides(table=table, parts=parts, store=source, check=source.check(
             slides, allow_missing=allow_missing, table_ids=table.slide_ids))
     store = feature_store(task, table, data_root_dir, encoder=feature_encoder)

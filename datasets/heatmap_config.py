@@ -121,6 +121,20 @@ class ModelArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamingArguments:
+    """``streaming_arguments``: the images of a streaming model, and what its map shows."""
+
+    slide_images: Path | None = option(None, help="folder slide_images/ of create_patches_fp.py "
+                                       "--slide_images; null: the slides themselves are read, "
+                                       "their tissue found and packed when they are opened")
+    image_mpp: float | None = option(None, help="um per px at which they are read; null: as in "
+                                     "training", low=0.05, high=100)
+    source: Literal["attention", "gradient"] | None = option(
+        None, help="attention: where the head looks (gated_attention has it); gradient: by how "
+        "much the tissue of each place raises the output; null: attention where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeatmapArguments:
     """``heatmap_arguments``: how the map is computed and drawn."""
 
@@ -171,6 +185,7 @@ class HeatmapConfig:
     patching_arguments: PatchingArguments
     encoder_arguments: EncoderArguments
     model_arguments: ModelArguments
+    streaming_arguments: StreamingArguments
     heatmap_arguments: HeatmapArguments
     sample_arguments: SampleArguments
 
@@ -187,8 +202,8 @@ class HeatmapConfig:
 SECTIONS: dict[str, type] = {
     "exp_arguments": ExpArguments, "data_arguments": DataArguments,
     "patching_arguments": PatchingArguments, "encoder_arguments": EncoderArguments,
-    "model_arguments": ModelArguments, "heatmap_arguments": HeatmapArguments,
-    "sample_arguments": SampleArguments}
+    "model_arguments": ModelArguments, "streaming_arguments": StreamingArguments,
+    "heatmap_arguments": HeatmapArguments, "sample_arguments": SampleArguments}
 
 
 def find_config(name: str) -> Path:
@@ -274,6 +289,10 @@ def _check(config: HeatmapConfig, *, source: str) -> None:
     if patching.patch_mpp is not None and (patching.patch_level or patching.custom_downsample > 1):
         raise Refused(f"{source}: patch_level and custom_downsample go by pyramid levels, "
                       "patch_mpp by um per px: give one")
+    streaming = config.streaming_arguments
+    if streaming.slide_images is not None and streaming.image_mpp is not None:
+        raise Refused(f"{source}: slide_images have their own um per px, image_mpp is for slides "
+                      "that are read themselves: give one")
     colour_table(config.heatmap_arguments.cmap)
 
 

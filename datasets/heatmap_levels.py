@@ -17,8 +17,9 @@ import numpy as np
 
 from datasets.feature_files import feature_parameters
 from datasets.heatmap_config import PatchingArguments
+from datasets.heatmap_files import AttentionMap
 from datasets.heatmap_scores import Scored
-from datasets.heatmap_slide import AttentionMap, SlideMaps
+from datasets.heatmap_slide import SlideMaps
 from datasets.lazy_levels import LazyLevel
 from datasets.patches import SlidePatches
 from utils.errors import Refused

@@ -1,7 +1,8 @@
 """What a person looks at: heatmaps, mask, the slide itself, sampled patches, GeoJSON.
 
 A model of several magnifications has a heatmap and a GeoJSON a level instead of the overlapping
-one; the patches whose children were looked at are outlined.
+one; the patches whose children were looked at are outlined. The map of a streaming model is fine
+as it is: it is drawn twice, coarse and in the production picture.
 
 File names are CLAM's. A picture is made again only when its parameters or its file changed.
 """
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from datasets.heatmap_config import HeatmapConfig, Sample
+from datasets.heatmap_files import OVERVIEW_DOWNSAMPLE, AttentionMap, SlideFiles
+from datasets.heatmap_images import ImageMaps, ImageTools
 from datasets.heatmap_items import HeatmapItem
 from datasets.heatmap_levels import LevelMap, level_maps
 from datasets.heatmap_scores import Tools
-from datasets.heatmap_slide import OVERVIEW_DOWNSAMPLE, AttentionMap, SlideMaps
+from datasets.heatmap_slide import SlideMaps
 from utils.errors import ItemFailed
 from utils.locks import claim
 from utils.report import Row, Status
@@ -41,7 +44,7 @@ from wsi_core.heatmap import (
 from wsi_core.slide import best_level, open_slide
 
 
-def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> Row:
+def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools | ImageTools) -> Row:
     """All files of one slide, as far as they are not there yet.
 
     Raises ``ItemFailed`` (``SlideError``, ``BrokenFile``) with one line that names the slide.
@@ -56,17 +59,26 @@ def process_slide(item: HeatmapItem, *, config: HeatmapConfig, tools: Tools) -> 
             return Row(item=item.slide_id, status=Status.BUSY,
                        reason="another process works on it")
         with open_slide(item.slide_path) as slide:
-            maps = SlideMaps(item, slide, folder=raw, tools=tools,
-                             patching=config.patching_arguments, heatmap=config.heatmap_arguments)
+            maps: SlideFiles
+            if isinstance(tools, ImageTools):
+                maps = ImageMaps(item, slide, folder=raw, tools=tools,
+                                 heatmap=config.heatmap_arguments)
+            else:
+                maps = SlideMaps(item, slide, folder=raw, tools=tools,
+                                 patching=config.patching_arguments,
+                                 heatmap=config.heatmap_arguments)
             tools.scale.warn(item.slide_id, maps.reading.output_px, maps.mpp_um)
             return _make_all(maps, config, production)
 
 
-def _make_all(maps: SlideMaps, config: HeatmapConfig, production: Path) -> Row:
+def _make_all(maps: SlideFiles, config: HeatmapConfig, production: Path) -> Row:
     save_mask(maps)
-    levels = level_maps(maps) if maps.tissue and maps.tools.children else ()
-    coarse: AttentionMap | None = levels[0] if levels else None
-    if maps.tissue and not maps.tools.children:
+    levels: tuple[LevelMap, ...] = ()
+    coarse: AttentionMap | None = None
+    if maps.tissue and isinstance(maps, SlideMaps) and maps.tools.children:
+        levels = level_maps(maps)
+        coarse = levels[0] if levels else None
+    elif maps.tissue:
         coarse = maps.coarse
     if coarse is None:
         maps.forget()
@@ -92,11 +104,12 @@ def _make_all(maps: SlideMaps, config: HeatmapConfig, production: Path) -> Row:
                numbers=cells)
 
 
-def _empty(maps: SlideMaps, cells: dict[str, Any], reason: str) -> Row:
+def _empty(maps: SlideFiles, cells: dict[str, Any], reason: str) -> Row:
     return Row(item=maps.item.slide_id, status=Status.EMPTY, numbers=cells, reason=reason)
 
 
-def _cells(maps: SlideMaps, coarse: AttentionMap, levels: Sequence[LevelMap]) -> dict[str, Any]:
+def _cells(maps: SlideFiles, coarse: AttentionMap, levels: Sequence[LevelMap]
+           ) -> dict[str, Any]:
     """What was looked at (``n_level_<k>``: patches fed at a finer level) and what is predicted."""
     cells: dict[str, Any] = {"n_contours": len(maps.tissue.contours),
                              "n_patches": len(coarse.coords), "bag_size": len(coarse.coords)}
@@ -106,7 +119,7 @@ def _cells(maps: SlideMaps, coarse: AttentionMap, levels: Sequence[LevelMap]) ->
     return cells | maps.tools.outputs.cells(coarse.prediction)
 
 
-def save_mask(maps: SlideMaps) -> None:
+def save_mask(maps: SlideFiles) -> None:
     """``_mask.jpg``: outlines with the numbers that ``keep_ids`` and ``exclude_ids`` use."""
     asked = maps.item.segmentation
     level = _level(maps, asked.vis_level)
@@ -121,7 +134,7 @@ def save_mask(maps: SlideMaps) -> None:
                           "line_thickness": asked.line_thickness}, write)
 
 
-def _level(maps: SlideMaps, asked: int) -> int:
+def _level(maps: SlideFiles, asked: int) -> int:
     """The level of a picture; -1 is the best for 32x."""
     count = len(maps.slide.level_dimensions)
     if asked >= count:
@@ -133,10 +146,10 @@ def _level(maps: SlideMaps, asked: int) -> int:
 class _Pictures:
     """The pictures of one slide with its coarse map; ``production`` is the label's folder."""
 
-    def __init__(self, maps: SlideMaps, coarse: AttentionMap, config: HeatmapConfig,
+    def __init__(self, maps: SlideFiles, coarse: AttentionMap, config: HeatmapConfig,
                  production: Path) -> None:
         self.maps, self.coarse, self.production = maps, coarse, production
-        self.heatmap, self.overlap = config.heatmap_arguments, config.patching_arguments.overlap
+        self.heatmap, self.overlap = config.heatmap_arguments, maps.patching.overlap
         self.samples = config.sample_arguments.samples
         self.slide_id = maps.item.slide_id
         self.shares = percentiles(coarse.scores) / 100  # 0..1

@@ -1,4 +1,4 @@
-"""Are the patches of a heatmap like those that an end-to-end model was trained on?"""
+"""Are patches or images of a heatmap like those that an end-to-end model was trained on?"""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class TrainedScale:
     facts: of the store of patches: lists ``px`` and ``mpp_um``, and ``low``, the same of the lower
     magnification; empty where nothing is known
     """
+
+    remedy = "set patch_size and patch_mpp as in training"
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self._kinds = [
@@ -39,8 +41,24 @@ class TrainedScale:
         text = self.difference(patch_px, mpp_um)
         if text and text not in self._told:
             self._told.add(text)
-            print(f"warning: {slide_id}: {text}: set patch_size and patch_mpp as in training",
-                  file=sys.stderr)
+            print(f"warning: {slide_id}: {text}: {self.remedy}", file=sys.stderr)
+
+
+class ImageScale(TrainedScale):
+    """The same of whole images, of which the scale alone counts. facts: has a list ``mpp_um``."""
+
+    remedy = "give streaming_arguments the images, or the image_mpp, of the training"
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        super().__init__({})
+        self._mpp_um: list[float] = facts.get("mpp_um") or []
+
+    def difference(self, patch_px: int, mpp_um: float | None) -> str:
+        """"" or what differs, of an image at ``mpp_um`` um per px (None = unknown)."""
+        if mpp_um is None or not self._mpp_um or _fits(1, mpp_um, [1], self._mpp_um):
+            return ""
+        return (f"the model was trained on images of {_text(self._mpp_um, 'um/px')}, this one has "
+                f"{_text([mpp_um], 'um/px')}")
 
 
 def _fits(patch_px: int, mpp_um: float | None, px: list[int], trained_mpp_um: list[float]) -> bool:

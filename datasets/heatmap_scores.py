@@ -123,21 +123,30 @@ class Encode(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tools:
-    """Encoder and slide model, loaded once a run.
+class ModelTools:
+    """A slide model, loaded once a run.
 
-    encoder, model: what they are (weights' hashes included), for the files' records
+    model: what it is (hash of its weights included), for the files' records
+    children: the finer levels of a hierarchy, coarse to fine
+    scale: of what it was trained on
+    """
+
+    model: Mapping[str, Any]
+    outputs: Outputs
+    children: tuple[Child, ...] = ()
+    scale: TrainedScale = field(default_factory=lambda: TrainedScale({}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools(ModelTools):
+    """A slide model of patches, and their encoder.
+
+    encoder: what it is, for the files' records
     in_bags: a patch's raw attention depends on the bag it is in, so patches of the fine map are
         scored in bags like the coarse one
-    children: the finer levels of a hierarchy, coarse to fine
-    scale: of the patches that an end-to-end model was trained on
     """
 
     encode: Encode
     score: Score
     encoder: Mapping[str, Any]
-    model: Mapping[str, Any]
-    outputs: Outputs
     in_bags: bool = False
-    children: tuple[Child, ...] = ()
-    scale: TrainedScale = field(default_factory=lambda: TrainedScale({}))

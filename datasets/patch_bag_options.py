@@ -27,7 +27,7 @@ class PatchSourceOptions:
         None, help="e2e: the same at a lower magnification, a share of each draw (training)")
     data_slide_dir: Path | None = option(None, help="folder with the slides")
     slide_ext: str = option(".svs", help="extension of the slide files")
-    num_workers: int = option(2, help="e2e: threads that read patches", low=1)
+    num_workers: int = option(2, help="e2e, streaming: threads that read pixels", low=1)
     test_scales: Literal["high", "both"] = option(
         "high", help="e2e: patches that are evaluated: --patches alone, as published, or those of "
         "--patches_low too")

@@ -4,22 +4,20 @@ of training."""
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from datasets.bags import TableBags
+from datasets.epoch_draws import EpochDraws
 from datasets.patch_sampling import Sampling, draw_rows, scale_shares
 from datasets.patch_store import PatchStore
 from datasets.patch_streams import PatchRows, StreamedPatches
 from datasets.table import SlideTable
 from utils.contracts import Bag
 from utils.errors import ItemFailed, Refused
-from utils.seeding import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +70,7 @@ class PatchBags(TableBags):
                             pad_enc_bs=pad_enc_bs, sampling=sampling, num_group_2d=num_group_2d)
         self._draws.check(store)
         self._for_training = False
-        self._epoch_seed = 0
-        self._drawn: Counter[str] = Counter()
+        self._random = EpochDraws()
 
     def subset(self, slide_ids: Iterable[str]) -> PatchBags:
         """The bags of these slides for evaluation: all their patches, always the same."""
@@ -86,14 +83,13 @@ class PatchBags(TableBags):
     def _part(self, slide_ids: Iterable[str], *, for_training: bool) -> PatchBags:
         part = copy.copy(self)
         part.table, part._for_training = self.table.subset(slide_ids), for_training
-        part._drawn = Counter()
+        part._random = EpochDraws()
         return part
 
-    def begin_epoch(self, *, seed: int, epoch: int) -> None:
-        """Draw other patches from here on: those that belong to this epoch, whatever was drawn
-        before. Processes that train together and may draw one slide give each its own seed."""
-        self._epoch_seed = derive_seed(seed, epoch)
-        self._drawn.clear()
+    def begin_epoch(self, *, seed: int, epoch: int, turns: Mapping[int, Sequence[int]]) -> None:
+        """Draw other patches from here on: those that belong to this epoch and, where a slide comes
+        several times in it, to the turn; see ``utils.seeding.turns_of``."""
+        self._random.begin(self.slide_ids, seed=seed, epoch=epoch, turns=turns)
 
     def verify(self) -> dict[str, str]:
         """Read one patch of each slide and magnification; slide -> reason for the bad ones."""
@@ -103,7 +99,7 @@ class PatchBags(TableBags):
 
     def _problem(self, slide_id: str) -> str:
         try:
-            parts, _ = self._parts(slide_id, draw=False)
+            parts, _ = self._parts(slide_id)
             StreamedPatches(parts=tuple(replace(part, rows=part.rows[:1]) for part in parts),
                             threads=1).held()
         except (ItemFailed, OSError) as error:
@@ -115,33 +111,32 @@ class PatchBags(TableBags):
         import torch
 
         draw = self._for_training and self._draws.same_psize > 0
-        parts, coords = self._parts(slide_id, draw=draw)
+        rng = self._random.generator(slide_id) if draw else None
+        parts, coords = self._parts(slide_id, rng)
         patches = StreamedPatches(parts=parts, threads=self.store.num_workers, pin=self.pin)
         return Bag(slide_id=slide_id, features=torch.empty(len(patches), 0), coords=coords,
                    patches=patches.held() if draw else patches, **self.truth_of(slide_id))
 
-    def _parts(self, slide_id: str, *, draw: bool
+    def _parts(self, slide_id: str, rng: np.random.Generator | None = None
                ) -> tuple[tuple[PatchRows, ...], np.ndarray | None]:
-        """Rows of each source, low before high, all or drawn; their places, None when unknown."""
+        """Rows of each source, low before high, drawn with ``rng`` or all; their places, None when
+        unknown."""
         sources = self.store.sources(training=self._for_training)
         counts = [source.facts(slide_id).count for source in sources]
         if not counts[-1]:
             raise ItemFailed(f"{slide_id}: no patches, so there is nothing to learn from")
         places = [source.coords(slide_id) for source in sources]
-        rows = (self._draw(slide_id, counts, places) if draw
-                else [np.arange(count) for count in counts])
+        rows = ([np.arange(count) for count in counts] if rng is None
+                else self._draw(counts, places, rng))
         known = [place[chosen] for place, chosen in zip(places, rows, strict=True)
                  if place is not None]
         return (tuple(PatchRows(source=source, slide_id=slide_id, rows=chosen)
                       for source, chosen in zip(sources, rows, strict=True) if len(chosen)),
                 np.concatenate(known) if len(known) == len(sources) else None)
 
-    def _draw(self, slide_id: str, counts: Sequence[int], places: Sequence[np.ndarray | None]
-              ) -> list[np.ndarray]:
-        """Rows of each source; others whenever the slide comes again."""
-        self._drawn[slide_id] += 1
-        key = int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:8])
-        rng = np.random.default_rng(derive_seed(self._epoch_seed, key, self._drawn[slide_id]))
+    def _draw(self, counts: Sequence[int], places: Sequence[np.ndarray | None],
+              rng: np.random.Generator) -> list[np.ndarray]:
+        """Rows of each source."""
         how, wanted = self._draws, [self._draws.same_psize]
         if len(counts) == 2:  # a slide without low patches gives high ones instead
             low, high = scale_shares(how.same_psize, how.mul_scale_ratio)

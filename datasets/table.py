@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datasets.targets import cell_faults, read_truths, strata_of
-from datasets.tasks import Task, Voting
+from datasets.targets import (
+    cell_faults,
+    label_set_fault,
+    read_truths,
+    strata_of,
+    with_own_columns,
+)
+from datasets.tasks import Task, Voting, label_column
 from utils.errors import Refused
 from utils.objectives import TaskType
 from utils.storage import read_table, safe_id
@@ -127,7 +133,8 @@ def listed(items: Iterable[object]) -> str:
 
 
 def load_table(task: Task) -> SlideTable:
-    """Read and check a task's csv: ``slide_id``, ``case_id``, the task's columns, maybe ``source``.
+    """Read and check a task's csv: ``slide_id``, ``case_id``, the task's columns, maybe ``source``;
+    or just two columns, slide and label, by any names.
 
     Rows are filtered, then rows with ignored labels dropped, then cells read. Without a
     ``case_id`` column each slide is its own patient. Raises ``Refused``, naming up to five rows,
@@ -137,7 +144,7 @@ def load_table(task: Task) -> SlideTable:
     may differ between the slides of a patient: they may be of the slide (a share of tumour).
     """
     path = task.csv_path
-    table = read_table(path, what="csv")
+    table, notes = _read(task)
     faults = cell_faults(task)
     _need_column(table, "slide_id", path)
     for column in faults:
@@ -150,7 +157,6 @@ def load_table(task: Task) -> SlideTable:
     if table.empty:
         raise Refused(f"csv {path} has no slides" + (
             " left after filter_dict and ignore" if task.filter_dict or task.ignore else ""))
-    notes = []
     if "case_id" not in table.columns:
         table = table.assign(case_id=table["slide_id"])
         notes.append(f"csv {path} has no column 'case_id': each slide counts as its own patient")
@@ -171,6 +177,21 @@ def load_table(task: Task) -> SlideTable:
         sources=tuple(table["source"]) if "source" in table.columns else (),
         notes=tuple(notes), task_type=task.task_type, targets=None if classes else truths,
         target_names=() if classes else task.truth_columns)
+
+
+def _read(task: Task) -> tuple[pd.DataFrame, list[str]]:
+    """The csv as it is, or, when it has two columns of other names, with ours, and a note."""
+    table = read_table(task.csv_path, what="csv")
+    given = label_column(list(table.columns), task)
+    if not given:
+        return table, []
+    what = "label"
+    if task.task_type == "multilabel":
+        _check_rows(table, task.csv_path, given, label_set_fault(task))
+        what = "labels, numbered as in --label_cols"
+    return with_own_columns(table, task), [
+        f"csv {task.csv_path} has two columns: '{table.columns[0]}' is taken for the slide and "
+        f"'{given}' for its {what}"]
 
 
 def _remedy(task: Task, column: str) -> str:

@@ -7,6 +7,7 @@ splits keep in proportion and that weighted sampling balances.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ MAX_LABEL_SETS = 8
 MIN_IN_LABEL_SET = 10
 
 
+_LABEL_SET = re.compile(r"\[\s*(?:\d+\s*(?:;\s*\d+\s*)*)?\]")  # [], [1], [0;2]
+
+
 @dataclass(frozen=True)
 class Strata:
     """(n,) int64 group of each slide, and the names of the groups."""
@@ -43,6 +47,35 @@ def read_number(cell: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) and "_" not in cell else None
+
+
+def label_set_fault(task: Task) -> Callable[[str], str]:
+    """What is wrong with a cell that lists the labels of a slide ("" when nothing is)."""
+    count = len(task.label_cols)
+
+    def fault(cell: str) -> str:
+        if not _LABEL_SET.fullmatch(cell.strip()):
+            return "no list of labels such as [0;2] or []"
+        inside = all(number < count for number in _labels_in(cell))
+        return "" if inside else (f"beyond the {count} labels of --label_cols, numbered 0 to "
+                                  f"{count - 1}")
+
+    return fault
+
+
+def with_own_columns(table: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """A table of the form of ``tasks.label_column``, its cells without faults, with our columns."""
+    slides, cells = (table.iloc[:, column] for column in (0, 1))
+    ours = slides.rename("slide_id").to_frame()
+    if task.task_type != "multilabel":
+        return ours.assign(**{task.truth_columns[0]: cells})
+    sets = [_labels_in(cell) for cell in cells]
+    return ours.assign(**{name: [str(int(number in labels)) for labels in sets]
+                          for number, name in enumerate(task.label_cols)})
+
+
+def _labels_in(cell: str) -> set[int]:
+    return set(map(int, re.findall(r"\d+", cell)))
 
 
 def cell_faults(task: Task) -> dict[str, Callable[[str], str]]:

@@ -19,6 +19,7 @@ from utils.storage import read_table, safe_id
 
 TASKS_FILE = Path("dataset_csv/tasks.yaml")
 Voting = Literal["max", "maj"]
+_OUR_COLUMNS = ("slide_id", "case_id", "source")  # of every table
 # Keys that say what is to be predicted, by task type: the first ones are needed
 TRUTH_KEYS: dict[TaskType, tuple[str, ...]] = {
     "classification": ("label_dict", "label_col", "ignore", "subtyping_required"),
@@ -116,6 +117,21 @@ class Task:
         return tuple(first[index] for index in sorted(first))
 
 
+def label_column(columns: Sequence[str], task: Task) -> str:
+    """The second column of a csv of streaming models' form, "" where the csv is of ours.
+
+    That form has two columns, whatever their names: slide and class, value, or set of labels
+    (spec streaming.md 9). A csv that has the task's columns is of ours, and so is one where the
+    task names a column that is missing.
+    """
+    if len(columns) != 2 or task.task_type == "survival" or columns[1] in _OUR_COLUMNS or (
+            columns[0] in _OUR_COLUMNS[1:]):
+        return ""
+    own = {"slide_id", *task.truth_columns} <= set(columns)
+    named = {"classification": task.label_col != "label", "regression": len(task.label_cols) > 1}
+    return "" if own or named.get(task.task_type, False) else columns[1]
+
+
 def load_task(
     task: str | None,
     *,
@@ -201,6 +217,8 @@ def _named(task: str, tasks_file: Path) -> dict[str, Any]:
 
 def _ask_for_labels(csv_path: Path, label_col: str) -> str:
     table = read_table(csv_path, what="csv")
+    asked = Task(name="", csv_path=csv_path, label_col=label_col)
+    label_col = label_column(list(table.columns), asked) or label_col
     if label_col not in table.columns:
         return (f"csv {csv_path} has no column '{label_col}' (found: {', '.join(table.columns)}): "
                 "give --label_col, and --label_dict as name:0,other:1")

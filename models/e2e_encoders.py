@@ -1,8 +1,9 @@
-"""The encoders of end-to-end models by name: their networks, and the weights they start from.
+"""The encoders of end-to-end and streaming models by name: their networks, and the weights they
+start from.
 
-Four ResNets as published (spec abmilx.md 5; Tang et al., NeurIPS 2025, arXiv 2506.02408), the
-packaged EfficientNet-Lite0, the encoders of encoder_zoo.py that are networks of timm's, and timm's
-own. State-dict keys are timm's, as in published end-to-end checkpoints.
+Four ResNets as published (spec abmilx.md 5; Tang et al., NeurIPS 2025, arXiv 2506.02408),
+torchvision's, the packaged EfficientNet-Lite0, the encoders of encoder_zoo.py that are networks of
+timm's, and timm's own. State-dict keys are timm's, as in published end-to-end checkpoints.
 """
 
 from __future__ import annotations
@@ -151,7 +152,12 @@ _RESNETS: dict[str, EncoderSpec] = {spec.name: spec for spec in (
     _resnet("r18", 256, "resnet18", 3, "tv_in1k", "resnet18-f37072fd.pth"),
     _resnet("r18a", 512, "resnet18", 4, "tv_in1k", "resnet18-f37072fd.pth"),
     _resnet("r50", 1024, "resnet50", 3, "tv_in1k", "resnet50-0676ba61.pth"),
-    _resnet("r50v2", 1024, "resnet50", 3, "tv2_in1k", "resnet50-11ad3fa6.pth"))}
+    _resnet("r50v2", 1024, "resnet50", 3, "tv2_in1k", "resnet50-11ad3fa6.pth"),
+    # whole, with the weights that these names have in extract_features_fp.py (and had in published
+    # streaming CNNs: spec streaming.md 7)
+    _resnet("resnet18", 512, "resnet18", 4, "tv_in1k", "resnet18-f37072fd.pth"),
+    _resnet("resnet34", 512, "resnet34", 4, "tv_in1k", "resnet34-b627a593.pth"),
+    _resnet("resnet50", 2048, "resnet50", 4, "tv_in1k", "resnet50-0676ba61.pth"))}
 
 
 # ---------------------------------------------------------------------------- weights

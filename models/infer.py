@@ -13,22 +13,25 @@ from typing import Any
 import torch
 
 from models.attention import ATTENTION_WIDTH
-from models.model_names import E2E, is_end_to_end, mil_name
+from models.model_names import E2E, is_end_to_end, is_streaming, mil_name
 
 Weights = Mapping[str, torch.Tensor]
 POOLING = "mean or max"  # they have the same weights
+STREAMING = "streaming"  # a pooled map: which network, and which pooling, no weight tells
 
 
 def model_type_of(state: Weights) -> str | None:
     """The ``model_type`` that has weights of these names, ``POOLING`` for two that share them.
 
     End to end (``encoder.`` and ``mil.``) it is ``e2e_<encoder>_<slide model>`` where the encoder
-    is a published one, else that of the slide model alone. None for a model not known here.
+    is a published one, else that of the slide model alone; ``STREAMING`` for a streaming model
+    with a pooled head (one with attention has the weights of an end-to-end ``abmil``). None for a
+    model not known here.
     """
     slide = _slide_part(state)
     for model_type, names in _SIGNS:
         if all(any(re.match(name, found) for found in slide) for name in names):
-            encoder = _encoder_of(state)
+            encoder = "" if model_type == STREAMING else _encoder_of(state)
             return f"{E2E}{encoder}_{model_type}" if encoder else model_type
     return None
 
@@ -39,7 +42,8 @@ def infer_spec(model_type: str, state: Weights) -> dict[str, Any]:
     state: tensors under the names of our model. What the weights do not tell is left out; of an
     end-to-end model only the slide model's part is asked.
     """
-    read = _READERS.get(mil_name(model_type) if is_end_to_end(model_type) else model_type)
+    kind = mil_name(model_type) if is_end_to_end(model_type) else model_type
+    read = _READERS.get(STREAMING if is_streaming(model_type) else kind)
     found = read(_slide_part(state)) if read else {}
     if "options" in found:
         found["options"] = _known(found["options"])
@@ -57,6 +61,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("clam_sb", (r"attention_net\.0\.weight$", r"instance_classifiers\.0\.weight$")),
     ("abmil", (r"attention_net\.0\.weight$",)),
     (POOLING, (r"head\.0\.weight$", r"head\.3\.weight$")),
+    (STREAMING, (r"linear\.weight$",)),
 )
 
 
@@ -114,6 +119,13 @@ def _mil(state: Weights) -> dict[str, Any]:
 def _pooling(state: Weights) -> dict[str, Any]:
     return {"embed_dim": _size(state, "head.0.weight", 1),
             "n_classes": _size(state, "head.3.weight", 0)}
+
+
+def _streaming(state: Weights) -> dict[str, Any]:
+    if "attention_net.0.weight" in state:
+        return {**_attention(state), "options": {"head": "gated_attention"}}
+    return {"embed_dim": _size(state, "linear.weight", 1),
+            "n_classes": _size(state, "linear.weight", 0)}
 
 
 def _transmil(state: Weights) -> dict[str, Any]:
@@ -196,4 +208,4 @@ def _hag_mil(state: Weights) -> dict[str, Any]:
 _READERS: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "clam_sb": _attention, "clam_mb": _attention, "abmil": _attention, "mil": _mil,
     "mean": _pooling, "max": _pooling, POOLING: _pooling, "transmil": _transmil, "dsmil": _dsmil,
-    "abmilx": _abmilx, "hag_mil": _hag_mil}
+    "abmilx": _abmilx, "hag_mil": _hag_mil, STREAMING: _streaming}

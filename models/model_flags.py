@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from models.model_names import MIL_NAMES, split_name
+from models.model_names import MIL_NAMES, is_streaming, split_name
 from models.options import (
     MODEL_OPTIONS,
     AbmilxOptions,
     DsmilOptions,
     E2EOptions,
     HagOptions,
+    StreamingOptions,
     TransmilOptions,
     options_kind,
     pick_options,
@@ -31,12 +32,15 @@ DEFAULT_WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags(AbmilxOptions, TransmilOptions, DsmilOptions, HagOptions, E2EOptions):
+class ModelFlags(AbmilxOptions, TransmilOptions, DsmilOptions, HagOptions, E2EOptions,
+                 StreamingOptions):
     """What all models share, then what single families add."""
 
     model_type: str = option("clam_sb", help=f"slide model: {', '.join(MIL_NAMES)}; or "
                              "e2e_<encoder>_<one of them>, trained from patches, encoder: r18, "
-                             "r18a, r50, r50v2, efficientnet_lite0 or any timm model")
+                             "r18a, r50, r50v2, efficientnet_lite0 or any timm model; or "
+                             "streaming_<network>, over whole slide images: resnet34 or any CNN "
+                             "of timm with stages")
     embed_dim: int | None = option(None, help="width of the features (default: 1024; that of its "
                                    "encoder for an e2e model)", low=1)
     bag_loss: str | None = option(
@@ -93,19 +97,25 @@ def _width(flags: ModelFlags, encoder: str) -> int:
     """Width of the features; ``Refused`` when an encoder has another one than was given."""
     if not encoder:
         return flags.embed_dim or DEFAULT_WIDTH
-    from models.e2e_encoders import encoder_width
+    if is_streaming(flags.model_type):
+        from models.streaming_cnn import map_width
 
-    width = encoder_width(encoder, img_size=flags.img_size)
+        width = map_width(encoder)
+    else:
+        from models.e2e_encoders import encoder_width
+
+        width = encoder_width(encoder, img_size=flags.img_size)
     if flags.embed_dim not in (None, width):
-        raise Refused(f"--embed_dim is {flags.embed_dim}, but encoder {encoder} gives {width} "
-                      "numbers a patch: leave it out")
+        raise Refused(f"--embed_dim is {flags.embed_dim}, but {encoder} gives {width} numbers "
+                      "a patch (or position): leave it out")
     return width
 
 
 def _refuse_foreign(flags: ModelFlags) -> None:
     """``Refused`` for a changed flag of another model family: it would do nothing."""
     own = {item.name for item in fields(options_kind(flags.model_type))}
-    for family, kind in {**MODEL_OPTIONS, "e2e models": E2EOptions}.items():
+    for family, kind in {**MODEL_OPTIONS, "e2e models": E2EOptions,
+                         "streaming models": StreamingOptions}.items():
         for item in fields(kind):
             if item.name not in own and getattr(flags, item.name) != item.default:
                 raise Refused(f"--{item.name} belongs to {family}, it has no effect on "

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from models.model_names import is_end_to_end, mil_name
+from models.model_names import is_end_to_end, is_streaming, mil_name
 from utils.errors import Refused
 from utils.options import build, from_mapping, load_yaml, option, pick
 
@@ -130,14 +130,40 @@ class E2EOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamingOptions:
+    """A network over whole slides (spec streaming.md 6, 7). Where the network is cut, tiles and
+    memory change time and memory only, never the result."""
+
+    head: Literal["max", "mean", "gated_attention"] = option(
+        "max", help="what follows the network (streaming): the maximum (as published) or mean of "
+        "each channel and a linear layer; attention over the positions, which heatmaps show")
+    train_part: Literal["head", "last_stage", "all"] = option(
+        "all", help="what is trained (streaming): the head, the last stage of the network as well, "
+        "or everything")
+    cut: str | None = option(
+        None, help="last stage of the network that is streamed, by its name in timm, layer3 for "
+        "example (streaming); the others see the whole map at once (default: all are streamed)")
+    tile_size: int = option(
+        0, help="side of a tile in px of the image (streaming), 0 = by the memory there is", low=0)
+    store_maps: Literal["auto", "none", "all"] = option(
+        "auto", help="maps between the stages (streaming): kept, which saves computing the borders "
+        "of tiles again, not kept, or as far as the memory goes")
+    stream_memory: float = option(
+        0.0, help="memory for a training step in GB (streaming), 0 = most of what is free", low=0)
+    skip_constant: bool = option(
+        True, help="compute every tile of empty glass, instead of one for all (streaming); the "
+        "result is the same")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainedOptions:
     """Where weights start; of training alone."""
 
     enc_init: Path | None = option(
-        None, help="weight file of the encoder (e2e), or a folder with one a fold "
+        None, help="weight file of the encoder (e2e, streaming), or a folder with one a fold "
         "(s_{k}_checkpoint.pt or ABMILX's fold_{k}_model_best.pt); default: ImageNet weights, "
         "looked for as extract_features_fp.py does")
-    no_enc_pt: bool = option(False, help="start the encoder (e2e) from random weights")
+    no_enc_pt: bool = option(False, help="start the encoder (e2e, streaming) from random weights")
     mil_init: Path | None = option(
         None, help="checkpoint that the slide model starts from, or a folder with one a fold: a "
         "two-stage training on the same splits, for an e2e model of the same kind")
@@ -151,6 +177,8 @@ MODEL_OPTIONS: dict[str, type] = {
 @cache
 def options_kind(model_type: str) -> type:
     """The dataclass of a model's options; of an end-to-end model those of both its parts."""
+    if is_streaming(model_type):
+        return StreamingOptions
     if not is_end_to_end(model_type):
         return MODEL_OPTIONS.get(model_type, NoOptions)
     kind = MODEL_OPTIONS.get(mil_name(model_type), NoOptions)
@@ -173,7 +201,7 @@ def pick_options(model_type: str, flags: object) -> dict[str, Any]:
 def read_model_options(path: Path) -> dict[str, Any]:
     """Options of any model family out of a YAML file, a preset for example; what else it holds is
     left out. ``Refused`` for bad values, and for a file without any."""
-    hints = {item.name: kind for kind in (*MODEL_OPTIONS.values(), E2EOptions)
+    hints = {item.name: kind for kind in (*MODEL_OPTIONS.values(), E2EOptions, StreamingOptions)
              for item in fields(kind)}
     found = {}
     for key, value in load_yaml(path).items():

@@ -1,11 +1,13 @@
-"""The encoder inside an end-to-end model: a timm network, and the blocks that it is made of.
+"""The encoder inside an end-to-end or streaming model: a timm network, and what it is made of.
 
-The blocks, run one after another, are the network: whoever trains it can freeze the first ones,
-or hold only what lies between them (gradient checkpointing).
+Its blocks, run one after another, are the network: whoever trains it can freeze the first ones,
+or hold only what lies between them (gradient checkpointing). Its stages are the same up to the last
+map, without the pooling, in steps as small as a residual block: those can be streamed.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.encoder_families import CLASS_AND_MEAN, class_and_mean_of
 from models.encoder_transforms import Triple
+from utils.errors import Refused
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -31,6 +34,8 @@ _ORDERS: dict[str, str] = {
     "vision_transformer.VisionTransformer":
         "patch_embed+_pos_embed+patch_drop+norm_pre blocks* +norm",
     "swin_transformer.SwinTransformer": "patch_embed layers* +norm"}
+_TOKENS = ("vision_transformer.VisionTransformer", "swin_transformer.SwinTransformer")
+Stage = tuple[str, list[tuple[str, nn.Module]]]  # its name, and (name, module) of its parts
 
 
 class Block(nn.Module):
@@ -106,6 +111,33 @@ class PatchNetwork(nn.Module):
             blocks.append(Block(self.model, [*steps, *head], own, direct=number == 0))
         return blocks
 
+    def stages(self) -> list[Stage]:
+        """The stem and each stage of a CNN under timm's names, as modules one after another.
+
+        Run in order they make (n, C, h', w') maps of (n, 3, h, w) images; pooling is in none of
+        them. The first is "stem", one module; the others are of residual blocks. A norm that timm
+        applies to the pooled features (ConvNeXt) stands at the end of the last, for each position
+        alone, as in timm's variants that norm first. Modules and parameters are the network's own.
+        ``Refused`` for a network that has no stages of maps: a transformer, or a kind not known.
+        """
+        orders = [order for kind, order in _ORDERS.items()
+                  if kind not in _TOKENS and _runs_as(self.model, kind)]
+        if not orders:
+            known = ", ".join(kind.split(".")[1] for kind in _ORDERS if kind not in _TOKENS)
+            raise Refused(f"{type(self.model).__name__} is no network of convolutions in stages: "
+                          f"take one of timm's {known}, resnet34 or convnext_tiny for example")
+        stem, *others = _named_groups(self.model, orders[0])
+        one = stem[0][1] if len(stem) == 1 else nn.Sequential(OrderedDict(stem))
+        found: list[Stage] = [("stem", [("stem", one)])]
+        for group in others:
+            parts = [inner for name, part in group for inner in _in_a_row(name, part)]
+            found.append((group[0][0], [(name, part) for name, part in parts
+                                        if not isinstance(part, nn.Identity)]))
+        last_norm = getattr(getattr(self.model, "head", None), "norm", None)
+        if isinstance(last_norm, nn.LayerNorm):
+            found[-1][1].append(("head.norm", last_norm))
+        return found
+
     def _head(self, x: Tensor) -> Tensor:
         network: Any = self.model
         if self._output == CLASS_AND_MEAN:
@@ -126,17 +158,36 @@ def _runs_as(network: nn.Module, kind: str) -> bool:
 
 def _groups(network: nn.Module, order: str) -> Iterator[list[Callable[[Tensor], Tensor]]]:
     """The steps of each block. A part that was taken out (an identity) makes no block."""
-    found: list[list[Callable[[Tensor], Tensor]]] = []
+    for group in _named_groups(network, order):
+        yield [part for _, part in group]
+
+
+def _named_groups(network: nn.Module, order: str) -> list[list[tuple[str, Any]]]:
+    """The same with the name of each."""
+    found: list[list[tuple[str, Any]]] = []
     for word in order.split():
         names = word.removeprefix("+").removesuffix("*").split("+")
-        parts: list[Any] = [getattr(network, name) for name in names]
-        groups = [[part] for part in parts[0]] if word.endswith("*") else [parts]
+        parts = [(name, getattr(network, name)) for name in names]
+        groups = [parts]
+        if word.endswith("*"):
+            groups = [[(f"{names[0]}.{number}", part)] for number, part in enumerate(parts[0][1])]
         if word.startswith("+"):  # closes the block before it
             found[-1] += parts
         else:
             found += [group for group in groups if not _is_identity(group)]
-    yield from found
+    return found
 
 
-def _is_identity(group: Sequence[object]) -> bool:
-    return all(isinstance(part, nn.Identity) for part in group)
+def _in_a_row(name: str, part: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a stage runs one after another; itself, where that is not known."""
+    inside: list[tuple[str, nn.Module]] = list(part.named_children())
+    if type(part).__name__ == "ConvNeXtStage":
+        inside = [inside[0], *((f"blocks.{key}", block)
+                               for key, block in inside[1][1].named_children())]
+    elif not (isinstance(part, nn.Sequential) or type(part).__name__ == "RegStage"):
+        return [(name, part)]
+    return [(f"{name}.{key}", module) for key, module in inside]
+
+
+def _is_identity(group: Sequence[tuple[str, object]]) -> bool:
+    return all(isinstance(part, nn.Identity) for _, part in group)

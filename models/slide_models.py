@@ -33,7 +33,8 @@ class SlideModelSpec:
     """What a slide model is made of; ``Refused`` at once when a value makes no sense.
 
     model_type: a name in ``SLIDE_MODELS``, or ``e2e_<encoder>_<one of them>``, which makes its
-    features itself; embed_dim: width of the features;
+    features itself, or ``streaming_<network>``, which takes slides whole;
+    embed_dim: width of the features (of the network's map, for a streaming model);
     n_classes: outputs: classes, or labels, values, bins of time (Cox: 1) of another task;
     model_size: width of the attention, small 256 or big 384 (``mil`` has none);
     dropout: after the trunk; attention_dropout: in the attention, None = as CLAM does, 0.25
@@ -131,6 +132,10 @@ def build_slide_model(spec: SlideModelSpec) -> nn.Module:
     ``Refused`` for unknown names.
     """
     encoder, mil = split_name(spec.model_type)
+    if encoder and not mil:
+        from models.streaming_cnn import build_streaming
+
+        return build_streaming(encoder, spec)
     build = SLIDE_MODELS.get(mil)
     if not encoder:
         return build(spec)

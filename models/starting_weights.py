@@ -66,8 +66,8 @@ def starting_weights(model_type: str, *, enc_init: Path | None, no_enc_pt: bool,
     given = [f"--{name}" for name, value in (("enc_init", enc_init), ("no_enc_pt", no_enc_pt))
              if value]
     if given and not encoder:
-        raise Refused(f"{given[0]} belongs to e2e models, {model_type} has no encoder: leave it "
-                      "out")
+        raise Refused(f"{given[0]} belongs to e2e and streaming models, {model_type} has no "
+                      "encoder: leave it out")
     if len(given) > 1:
         raise Refused("--enc_init gives weights, --no_enc_pt wants none: choose one")
     if not (encoder or mil_init):

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.model_names import is_end_to_end, known_name
+from models.model_names import is_end_to_end, is_streaming, known_name, material_of
 from models.options import options_of, read_model_options
 from models.slide_models import SlideModelSpec, build_slide_model
+from utils.contracts import Material
 from utils.errors import BrokenFile, Refused
 from utils.objectives import TaskType
 from utils.options import from_mapping, option
@@ -98,15 +99,25 @@ class TrainedModel:
         """Does it make its features itself, of patches?"""
         return is_end_to_end(self.spec.model_type)
 
-    def patch_notes(self, patches: Mapping[str, Any] | None) -> list[str]:
-        """A line when these patches are of sizes or scales that the training did not have.
+    @property
+    def material(self) -> Material:
+        """What it learned from."""
+        return material_of(self.spec.model_type)
 
-        patches: px, mpp_um: lists of what there is, as ``datasets.patch_store`` tells
+    @property
+    def trained_on(self) -> Mapping[str, Any]:
+        """What the patches or images of its training were; empty where that is unknown."""
+        return self.record.get(self.material) or {}
+
+    def pixel_notes(self, pixels: Mapping[str, Any] | None) -> list[str]:
+        """A line when patches or images are of sizes or scales that the training did not have.
+
+        pixels: px, mpp_um: lists of what there is, as the stores in ``datasets`` tell
         """
-        trained, found = self.record.get("patches") or {}, patches or {}
+        trained, found = self.trained_on, pixels or {}
         others = [f"{key} {found[key]} (training: {trained[key]})" for key in ("mpp_um", "px")
                   if key in trained and not set(found.get(key, ())) <= set(trained[key])]
-        return [f"{self.path.name}: other patches than in training: {', '.join(others)}"
+        return [f"{self.path.name}: other {self.material} than in training: {', '.join(others)}"
                 ] if others else []
 
     def check_features(self, width: int, encoder: Mapping[str, Any] | None) -> None:
@@ -165,9 +176,8 @@ def load_trained(path: Path, *, class_names: Sequence[str], fold: int | None = N
         remedy = "" if record else ": give model_type, model_size and embed_dim as in training"
         raise Refused(f"checkpoint {path}: {str(error).removeprefix('checkpoint: ')}{remedy}"
                       ) from None
-    if record is None and is_end_to_end(spec.model_type) and spec.options["channels"] == "RGB":
-        notes = [*notes, "taken to be trained on RGB; ABMILX's own programs train on BGR: give "
-                 "those of them model_options with channels: BGR"]
+    if record is None:
+        notes = [*notes, *_taken_for_granted(spec, given)]
     return TrainedModel(path=path, spec=spec, state=clean, sha256=sha256,
                         encoder=(record or {}).get("encoder"), described=record is not None,
                         record=record or {},
@@ -220,6 +230,17 @@ def _inferred_spec(state: Mapping[Any, Any], class_names: Sequence[str],
         name: value for name, value in given.get("options", {}).items() if name in own}}
     found.setdefault("n_classes", 0)  # refused, with its limit
     return SlideModelSpec(**{**found, **given, "options": options})
+
+
+def _taken_for_granted(spec: SlideModelSpec, given: Mapping[str, Any]) -> Iterator[str]:
+    """What no weight tells and no flag has said."""
+    if is_end_to_end(spec.model_type) and spec.options["channels"] == "RGB":
+        yield ("taken to be trained on RGB; ABMILX's own programs train on BGR: give those of them "
+               "model_options with channels: BGR")
+    if is_streaming(spec.model_type) and spec.options["head"] == "max" and (
+            "head" not in given.get("options", {})):
+        yield ("taken to pool the maximum of each channel: give one that pools the mean "
+               "model_options with head: mean")
 
 
 def _described_spec(path: Path, record: Any, class_names: Sequence[str], fold: int | None,

@@ -11,7 +11,7 @@ with Sublinear Memory Cost", 2016.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ def two_pass(
     comes out as it is, in the backward pass before any gradient was added; so does the error of
     torch for a parameter changed in between.
     """
-    work = _Work(parts=parts, compute=compute, module=module, device=device)
+    work = _Work(parts=parts, compute=compute, replay=Replay(module=module, device=device))
     weights = [one for one in module.parameters() if one.requires_grad]
     if not (torch.is_grad_enabled() and weights):
         with torch.no_grad():
@@ -52,25 +52,101 @@ def two_pass(
 
 
 @dataclass(kw_only=True)
-class _Work:
-    """What the second pass needs. precision: autocast (device type, number format, on or off)."""
+class Replay:
+    """What a second pass needs to give the answers of the first. Made at the call it is to repeat.
 
-    parts: Callable[[], Iterable[Any]]
-    compute: Callable[[Any], torch.Tensor]
+    module: its buffers (running statistics) move in the first pass only
+    device: of its computing; random numbers come from torch's global generators of it and the CPU
+    precision: autocast of the call (device type, number format, on or off)
+    """
+
     module: nn.Module
     device: torch.device
-    states: list[RandomState] = field(default_factory=list)
     precision: list[tuple[str, torch.dtype, bool]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.precision = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
                           for kind in sorted({"cpu", self.device.type})]
 
+    def now(self) -> RandomState:
+        """The generators as they are, to note before a part is computed."""
+        return RandomState.capture(self.device)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Around the computing of a part: autocast as at the call.
+
+        Without its cache: a weight cast in one pass is no good in the other.
+        """
+        with ExitStack() as stack:
+            for kind, number_format, enabled in self.precision:
+                stack.enter_context(torch.autocast(
+                    kind, dtype=number_format, enabled=enabled, cache_enabled=False))
+            yield
+
+    @contextmanager
+    def again(self, state: RandomState | None) -> Iterator[None]:
+        """The same with a graph, and with the random numbers that followed ``state``."""
+        if state is not None:
+            state.restore()
+        with torch.enable_grad(), self.first():
+            yield
+
+    @contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Around the whole second pass: generators and buffers are left as they were."""
+        with kept_random(self.device), kept_buffers(self.module):
+            yield
+
+
+class GradientSums:
+    """The gradient of each weight, summed over parts in place.
+
+    Half-precision weights have their sums in float32: hundreds of parts may be added.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights = weights
+        self._sums: list[torch.Tensor | None] = [None] * len(weights)
+
+    def add(self, found: Sequence[torch.Tensor | None], *, times: float = 1) -> None:
+        """Add a part's gradients; None where it has none. They are not kept, nor written to:
+        two weights' gradients may be one tensor."""
+        old, more = [], []
+        for place, one in enumerate(found):
+            if one is None:
+                continue
+            total = self._sums[place]
+            if total is None:
+                weight = self._weights[place]
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                self._sums[place] = one.to(wide, copy=True).mul_(times)
+            else:
+                old.append(total)
+                more.append(one)
+        if old:
+            torch._foreach_add_(old, more, alpha=times)
+
+    def totals(self) -> list[torch.Tensor | None]:
+        """In the number format of the weights; None for a weight that no part used."""
+        return [None if total is None else total.to(weight.dtype)
+                for total, weight in zip(self._sums, self._weights, strict=True)]
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """The two passes over the parts. states: the generators before each."""
+
+    parts: Callable[[], Iterable[Any]]
+    compute: Callable[[Any], torch.Tensor]
+    replay: Replay
+    states: list[RandomState] = field(default_factory=list)
+
     def first_pass(self) -> Iterator[torch.Tensor]:
         """The result of each part; notes what the generators were before it."""
         for part in self.parts():
-            self.states.append(RandomState.capture(self.device))
-            with self._autocast():
+            self.states.append(self.replay.now())
+            with self.replay.first():
                 result = self.compute(part)
             del part  # while the next one is made
             yield result
@@ -79,9 +155,9 @@ class _Work:
         self, weights: list[nn.Parameter], gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """The gradient of each weight; a part whose result was not used is not computed."""
-        total: list[torch.Tensor | None] = [None] * len(weights)
+        sums = GradientSums(weights)
         left = deque(zip(self.states, gradients, strict=True))
-        with kept_random(self.device), kept_buffers(self.module):
+        with self.replay.second_pass():
             for part in self.parts():
                 if not left:
                     raise RuntimeError("two_pass: the second pass has more parts than the first")
@@ -89,26 +165,15 @@ class _Work:
                 result = None if gradient is None else self._again(part, state)
                 del part
                 if result is not None and result.requires_grad:
-                    found = torch.autograd.grad(result, weights, gradient, allow_unused=True)
-                    total = [_sum(one, more) for one, more in zip(total, found, strict=True)]
+                    sums.add(torch.autograd.grad(result, weights, gradient, allow_unused=True))
                 del result
         if left:
             raise RuntimeError("two_pass: the second pass has fewer parts than the first")
-        return total
+        return sums.totals()
 
     def _again(self, part: Any, state: RandomState) -> torch.Tensor:
-        state.restore()
-        with torch.enable_grad(), self._autocast():
+        with self.replay.again(state):
             return self.compute(part)
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        """As at the call. Without its cache: a weight cast in one pass is no good in the other."""
-        with ExitStack() as stack:
-            for kind, number_format, enabled in self.precision:
-                stack.enter_context(torch.autocast(
-                    kind, dtype=number_format, enabled=enabled, cache_enabled=False))
-            yield
 
 
 class _TwoPass(torch.autograd.Function):
@@ -125,10 +190,3 @@ class _TwoPass(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc, untyped-decorator]
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return None, *ctx.work.second_pass(list(ctx.saved_tensors), gradients)
-
-
-def _sum(one: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
-    """Into new memory: two weights' gradients may be one tensor."""
-    if one is None or more is None:
-        return more if one is None else one
-    return one + more

@@ -94,7 +94,7 @@ def write_config(root: Path, changes: dict[str, Any] | None = None) -> Path:
     tree = copy.deepcopy(CONFIG)
     for name, value in (changes or {}).items():
         section, key = name.split(".")
-        tree[section][key] = value
+        tree.setdefault(section, {})[key] = value
     path = root / "c.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from utils.objectives import Objective
+
+Material = Literal["features", "patches", "images"]  # what a model learns from
 
 
 class LevelRows(Protocol):
@@ -52,18 +54,42 @@ class PatchImages(Protocol):
         ...
 
 
+class SlideImage(Protocol):
+    """One image of a slide for models that take slides whole; read window by window.
+
+    size_px: (width, height); all pixel quantities are px of this image
+    mpp_um: um per px; None when unknown
+    colour: what is done to the colours after reading, in CIE LCh of the pixels: lightness and
+            chroma times the first two, the third added to the hue, in radians; None = nothing
+    """
+
+    @property
+    def size_px(self) -> tuple[int, int]: ...
+    @property
+    def mpp_um(self) -> float | None: ...
+    @property
+    def colour(self) -> tuple[float, float, float] | None: ...
+
+    def read(self, x: int, y: int, width: int, height: int) -> torch.Tensor:
+        """(height, width, 3) uint8 RGB of a window inside the image, on the CPU (pinned where a
+        GPU follows); glass and what lies beyond the tissue is white. May be called from any
+        thread, always with the same answer. ``ItemFailed`` naming the slide."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bag:
     """One slide (or patient) as a bag of instances.
 
     features: (N, D) float tensor, rows in the order of ``coords``; of several magnifications the
-              coarsest; (N, 0) where the model makes them of ``patches``
+              coarsest; (N, 0) where the model makes them of ``patches``, (1, 0) of ``image``
     coords:   (N, 2) integers, top-left x, y of each patch in level-0 pixels; None when unknown
     label:    class index; None when there is none (inference, or another task)
     target:   what other tasks predict: multi-label T of 0 and 1 (NaN = unknown), regression T
               values, survival (time, event) with event 1 = seen, 0 = censored
     children: the finer levels, coarse to fine; empty for one magnification
     patches:  pixels of the N patches, for end-to-end models; None for all others
+    image:    the slide as one image, for streaming models; None for all others
     """
 
     slide_id: str
@@ -74,6 +100,7 @@ class Bag:
     case_id: str = ""
     children: tuple[LevelRows, ...] = ()
     patches: PatchImages | None = None
+    image: SlideImage | None = None
 
     def __len__(self) -> int:
         return int(self.features.shape[0])

@@ -98,7 +98,7 @@ class Group:
         import torch
         import torch.distributed as dist
 
-        flat = torch.cat([one.float().flatten() for one in tensors])
+        flat = torch.cat([_wide(one).flatten() for one in tensors])
         with _losing_peers():
             dist.all_reduce(flat)
         parts = (flat / self.size).split([one.numel() for one in tensors])
@@ -113,8 +113,8 @@ class Group:
         used = [float(parameter.grad is not None) for parameter in parameters]
         device = parameters[0].device
         flat = torch.cat([
-            *((torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-              .float().flatten() for parameter in parameters),
+            *(_wide(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+              .flatten() for parameter in parameters),
             torch.tensor([*used, float(bags)], device=device)])
         with _losing_peers():
             dist.all_reduce(flat)
@@ -125,6 +125,13 @@ class Group:
             place += parameter.numel()
             parameter.grad = part.view_as(parameter).to(parameter.dtype) if count else None
         return int(total)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In a number format that sums lose little in: float32, or float64 where it is that."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 ALONE = Group()

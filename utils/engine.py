@@ -171,10 +171,11 @@ def fit(
     """Train ``model`` and write its state dict to ``checkpoint``; the model ends with it loaded.
 
     The checkpoint is that of the best validation loss (or metric, ``monitor``) with early stopping,
-    written at every improvement, else that of the last epoch; with ``ema`` it holds the running
-    mean of the weights, which is also what is validated (``test_type`` of both: the weights, and
-    ``mean_checkpoint`` the mean of that epoch). ``folder`` holds ``state.pt``, which the caller
-    removes: a run that was killed goes on from there to the same result (equal bits on a CPU).
+    written at every improvement, else that of the last epoch; with ``ema`` or ``swa`` it holds the
+    running mean of the weights, which is also what is validated (``test_type`` of both: the
+    weights, and ``mean_checkpoint`` the mean of that epoch). ``folder`` holds ``state.pt``, which
+    the caller removes: a run that was killed goes on from there to the same result (equal bits on
+    a CPU).
 
     parameters: further facts that must be equal for a resume; ``Refused`` when they are not
     title, progress: what to call the run in its lines; show a bar on a terminal
@@ -189,8 +190,7 @@ def fit(
         weights = class_balanced_weights(train_labels)
     if options.early_stopping and not len(val):
         raise Refused("--early_stopping needs validation slides: this split has none")
-    check_fit(options, cast(SlideModel, model).objective, processes=group.size,
-              encoded_together=getattr(model, "batch_size", None))
+    check_fit(options, model, processes=group.size)
     loop = TrainingLoop(
         model, options=options, device=device, group=group, folder=folder, title=title,
         progress=progress and group.is_main,

@@ -58,26 +58,34 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-class MeanModel:
-    """A copy of a model whose weights are the running mean of those of the original.
+def share_of_epoch(swa: int, *, epoch: int, max_epochs: int) -> float:
+    """The share of an epoch's weights (epoch counted from 0) in the equal mean of the last ``swa``.
 
-    After each step of the optimiser mean = decay * mean + (1 - decay) * weights, from the initial
-    weights on, for parameters and floating-point buffers; other buffers are copied.
+    1, 1/2, 1/3, ... from epoch ``max_epochs - swa`` on, and 1 before it, where the mean is the
+    weights as they are. A pure function, as ``learning_rate``. Source: Izmailov et al., "Averaging
+    Weights Leads to Wider Optima and Better Generalization", 2018.
+    """
+    return 1.0 / max(1, epoch - (max_epochs - swa) + 1)
+
+
+class MeanModel:
+    """A copy of a model whose weights are a running mean of those of the original.
+
+    Parameters and floating-point buffers are averaged; other buffers are copied.
     """
 
-    def __init__(self, original: torch.nn.Module, *, decay: float) -> None:
+    def __init__(self, original: torch.nn.Module) -> None:
         self.model = copy.deepcopy(original).requires_grad_(False)
-        self._share = 1.0 - decay
         pairs = [*zip(self.model.parameters(), original.parameters(), strict=True),
                  *zip(self.model.buffers(), original.buffers(), strict=True)]
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now."""
+    def update(self, share: float) -> None:
+        """mean = (1 - share) * mean + share * the weights as they are now."""
         if self._averaged:
             means, values = zip(*self._averaged, strict=True)
-            torch._foreach_lerp_(list(means), list(values), self._share)
+            torch._foreach_lerp_(list(means), list(values), share)
         for mean, value in self._copied:
             mean.copy_(value)

@@ -7,7 +7,8 @@ state to give the numbers of an unbroken one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -51,3 +52,20 @@ def epoch_order(
         return torch.randperm(count, generator=generator).tolist()
     chances = torch.as_tensor(weights, dtype=torch.float64)
     return torch.multinomial(chances, count, replacement=True, generator=generator).tolist()
+
+
+def turns_of(order: Sequence[int], places: Iterable[int]) -> dict[int, list[int]]:
+    """For how manieth time (from 0) the bags at some places of an epoch's order come in all of it.
+
+    The turns of each bag are in the order of ``places``. So a slide that two processes draw gives
+    each of them what it would give one process that reads the whole order.
+    """
+    seen: Counter[int] = Counter()
+    every = []
+    for index in order:
+        every.append(seen[index])
+        seen[index] += 1
+    turns: defaultdict[int, list[int]] = defaultdict(list)
+    for place in places:
+        turns[order[place]].append(every[place])
+    return dict(turns)

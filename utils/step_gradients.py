@@ -34,11 +34,15 @@ def why_unusable(bag: Bag, error: Exception) -> str:
     """Why a bag that brought about one of ``BAG_ERRORS`` has no answer."""
     if not isinstance(error, torch.OutOfMemoryError):
         return str(error)
+    what = f"{len(bag)} patches do"
     fewer = ", a lower --t_patch" if bag.children else ""
     if bag.patches is not None:
         fewer = (", --enc_grad cached, a lower --p_batch_size (in evaluation --p_batch_size_v), "
                  "--batch_size or --same_psize")
-    return (f"{bag.slide_id}: {len(bag)} patches do not fit in the memory of the GPU: try "
+    if bag.image is not None:
+        what = "an image of {} x {} px does".format(*bag.image.size_px)
+        fewer = ", a smaller --stream_memory or --tile_size"
+    return (f"{bag.slide_id}: {what} not fit in the memory of the GPU: try "
             f"--precision bf16{fewer}, or --device cpu")
 
 

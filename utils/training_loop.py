@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from utils.contracts import Bag, JointEncoder, SlideModel
+from utils.contracts import Bag, SlideModel
 from utils.devices import autocast, check_precision
 from utils.distributed import Group
 from utils.epoch_log import EpochLog, EpochResult
@@ -25,8 +25,14 @@ from utils.faults import fault_point
 from utils.feeding import feed
 from utils.fit_options import FitOptions
 from utils.kept_weights import KeptWeights
-from utils.optimisation import MeanModel, build_optimiser, learning_rate, set_learning_rate
-from utils.seeding import derive_seed, seed_everything
+from utils.optimisation import (
+    MeanModel,
+    build_optimiser,
+    learning_rate,
+    set_learning_rate,
+    share_of_epoch,
+)
+from utils.seeding import derive_seed, seed_everything, turns_of
 from utils.step_gradients import BAG_ERRORS, Part, StepGradients, each_loss, usable, why_unusable
 from utils.storage import differences, load_torch
 from utils.tracking import Tracker
@@ -63,7 +69,7 @@ class TrainingLoop:
         self.objective = cast(SlideModel, model).objective
         self.weights = [one for one in model.parameters() if one.requires_grad]
         self.optimiser = build_optimiser(self.weights, options)
-        self.mean = None if options.ema is None else MeanModel(self.model, decay=options.ema)
+        self.mean = MeanModel(self.model) if options.averages else None
         self.kept = KeptWeights(self.model, self.mean.model if self.mean else None,
                                 options=options, checkpoints=checkpoints)
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
@@ -125,14 +131,16 @@ class TrainingLoop:
     def train_epoch(self, bags: Sequence[Bag], order: Sequence[int]) -> EpochResult:
         """One pass over the bags ``order``, with an optimiser step every ``accumulate`` bags.
 
-        Bags that are drawn anew in each epoch are told which one begins.
+        Bags that are drawn anew in each epoch are told which one begins, and for how manieth time
+        each of those that are read here comes in it.
         """
         if hasattr(bags, "begin_epoch"):
-            bags.begin_epoch(seed=self.options.seed, epoch=self.epoch)
+            bags.begin_epoch(seed=self.options.seed, epoch=self.epoch,
+                             turns=turns_of(order, self.group.share(range(len(order)))))
         seed_everything(derive_seed(self.options.seed, self.epoch, self.group.rank))
         set_learning_rate(self.optimiser, learning_rate(self.options, self.epoch))
         if hasattr(self.model, "rest"):
-            cast(JointEncoder, self.model).rest(self.epoch < self.options.freeze_epochs)
+            cast(Any, self.model).rest(self.epoch < self.options.freeze_epochs)
         self.model.train()
         log = EpochLog(self.objective)
         bar = tqdm(self._steps(bags, order), desc=f"{self.title} epoch {self.epoch}", leave=False,
@@ -145,6 +153,9 @@ class TrainingLoop:
                     bar.set_postfix(loss=f"{log.running_loss():.4f}")
         self._check_losses(log)
         self._check_weights(log)
+        if self.mean and self.options.swa is not None:
+            self.mean.update(share_of_epoch(self.options.swa, epoch=self.epoch,
+                                            max_epochs=self.options.max_epochs))
         models = dict.fromkeys((self.model, *self.kept.models.values()))
         self.group.average([buffer for model in models
                             for buffer in model.buffers() if buffer.is_floating_point()])
@@ -185,8 +196,8 @@ class TrainingLoop:
             torch.nn.utils.clip_grad_norm_(self.weights, self.options.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        if self.mean:
-            self.mean.update()
+        if self.mean and self.options.ema is not None:
+            self.mean.update(1.0 - self.options.ema)
 
     def _check_losses(self, log: EpochLog) -> None:
         bad = [slide for part in self.group.gather(log.not_finite()) for slide in part]

@@ -26,7 +26,7 @@ from wsi_core.coords import (
     write_coords,
 )
 from wsi_core.hierarchy import Child, derive, level_folder
-from wsi_core.patching import PatchPlan
+from wsi_core.patch_plan import PatchPlan
 from wsi_core.process_list import AUTOGEN, ProcessList
 from wsi_core.slide import Colour, Slide, fingerprint, open_slide
 from wsi_core.slide_listing import slide_file

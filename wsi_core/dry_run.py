@@ -12,16 +12,18 @@ from utils.parallel import run_items
 from utils.report import Row, RunReport, Status, outcome_row
 from utils.storage import free_bytes
 from wsi_core.find_tissue import MASK, Overviews, find_tissue
-from wsi_core.patching import PatchJob, PatchPlan, find_standing, pixel_size, place_patches
+from wsi_core.patch_plan import PatchJob, PatchPlan, find_standing
+from wsi_core.patching import pixel_size, place_patches
 from wsi_core.scale import plan_reading
 from wsi_core.slide import Slide, open_slide
 
-COLUMNS = ("size", "levels", "mpp", "read", "patches", "left")
+COLUMNS = ("size", "levels", "mpp", "read", "patches", "image", "left")  # image: where asked for
 UNKNOWN = "?"
 COORDS_BYTES = 16  # a row of coordinates; outlines and attributes come on top
 COORDS_OVERHEAD_BYTES = 64 * 1024
 FEATURE_DIM, FEATURE_BYTES = 1024, 2 * 4  # float32, in the h5 and the pt file
 IMAGE_BYTES_A_PIXEL = {"png": 2.0, "jpeg": 0.25}  # of H&E patches; measured on the demo's slides
+PYRAMID = 16 / 15  # all levels against the first
 
 
 def survey_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
@@ -60,6 +62,10 @@ def _look(slide: Slide, job: PatchJob, plan: PatchPlan, numbers: dict[str, Any])
                              slide_mpp=slide_mpp)
         patches = place_patches(slide, tissue, reading, slide_mpp, job, plan, by_pixels=False)
         numbers["patches"] = len(patches)
+        if plan.beside.slide_image is not None and slide_mpp is not None:
+            packing = plan.beside.slide_image.layout(slide, tissue, slide_mpp)
+            numbers["image"] = "{}x{}".format(*packing.size_px) if packing else "-"
+            numbers["image_px"] = packing.size_px[0] * packing.size_px[1] if packing else 0
     return note
 
 
@@ -90,21 +96,24 @@ def survey(jobs: Sequence[PatchJob], plan: PatchPlan, report: RunReport, *, work
     known = sum(count for count in counts if isinstance(count, int))
     more = " and those of slides without a mask yet" if UNKNOWN in counts else ""
     print(f"dry run: {len(jobs)} slides to do, {settled} settled before; {known:,} patches{more}")
-    _print_space(known, len(jobs), plan)
+    _print_space(known, len(jobs), plan,
+                 image_px=sum(row.numbers.get("image_px", 0) for row in rows))
     print("nothing was written")
     return report.exit_code
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    cells = [("slide", *COLUMNS),
-             *((row.item, *(str(row.numbers.get(name, "-")) for name in COLUMNS)) for row in rows)]
+    columns = [name for name in COLUMNS
+               if name != "image" or any(name in row.numbers for row in rows)]
+    cells = [("slide", *columns),
+             *((row.item, *(str(row.numbers.get(name, "-")) for name in columns)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
               .rstrip())
 
 
-def _print_space(patches: int, slides: int, plan: PatchPlan) -> None:
+def _print_space(patches: int, slides: int, plan: PatchPlan, *, image_px: int) -> None:
     """Disk need of this step and of features to come, and whether there is room."""
     need = {"coordinates": patches * COORDS_BYTES + slides * COORDS_OVERHEAD_BYTES}
     images = plan.beside.images
@@ -112,6 +121,9 @@ def _print_space(patches: int, slides: int, plan: PatchPlan) -> None:
         count = min(patches, slides * (plan.beside.max_images or patches))
         need[f"{images} images, about"] = int(
             count * plan.patch_size**2 * IMAGE_BYTES_A_PIXEL[images])
+    if plan.beside.slide_image is not None:
+        kind = "png" if plan.beside.slide_image.quality is None else "jpeg"
+        need["images of slides, about"] = int(image_px * PYRAMID * IMAGE_BYTES_A_PIXEL[kind])
     place = next(folder for folder in (plan.save_dir.resolve(), *plan.save_dir.resolve().parents)
                  if folder.exists())
     free = free_bytes(place)

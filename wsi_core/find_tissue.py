@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.errors import ItemFailed
 from utils.storage import file_sha256
-from wsi_core.presets import PatchingParameters
+from wsi_core.presets import SEGMENTATION_NAMES, PatchingParameters
 from wsi_core.slide import WHITE, Slide, best_level, read_level, read_overview
 from wsi_core.tissue import UNIT_AREA_PX_L0, Tissue, outline_tissue, tissue_mask
 
@@ -126,6 +126,17 @@ class Overviews:
 def automatic_level(slide: Slide, level: int) -> int:
     """``level``, or for a negative one the coarsest level at most 64 times below level 0."""
     return level if level >= 0 else best_level(slide, OVERVIEW_DOWNSAMPLE)
+
+
+def tissue_record(slide_id: str, parameters: PatchingParameters, search: TissueSearch, *,
+                  seg_level: int, seg_level_auto: int) -> dict[str, Any]:
+    """Everything that determines the tissue of a slide, for the records of what is made of it.
+
+    ``seg_level`` is the level used, ``seg_level_auto`` the one that -1 stands for on this slide.
+    """
+    return {"seg_level": seg_level, "seg_level_auto": seg_level_auto,
+            **{name: getattr(parameters, name) for name in SEGMENTATION_NAMES},
+            **search.parameters(slide_id)}
 
 
 def find_tissue(overviews: Overviews, slide_id: str, parameters: PatchingParameters,

@@ -1,6 +1,7 @@
 """What a slide gets beside its coordinates: stitch, overlays, GeoJSON, patch images.
 
-Everything here is made from the finished coordinates, so it can be asked for later as well.
+Everything here is made from the finished coordinates, so it can be asked for later as well. Only
+the image of a whole slide (``slide_images.py``) is made from the tissue, by ``patching``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from utils.storage import write_image
 from wsi_core.coords import PatchCoords
 from wsi_core.drawing import draw_stitch
 from wsi_core.find_tissue import Overviews
+from wsi_core.slide_images import FOLDER, ImagePlan
 from wsi_core.tissue import Tissue
 
 Overlay = Literal["mask", "contours", "grid"]
@@ -30,6 +32,7 @@ class OutputPlan:
     overlays: ``visualization/<slide>_{mask,contours,grid}.png``; mask also as black and white
     geojson: ``contours_geojson/<slide>.geojson``, editable in QuPath
     images: kind of ``images/<slide>/*``; at most ``max_images`` a slide, None = all
+    slide_image: ``slide_images/<slide>.tif``, the packed tissue
     """
 
     save_dir: Path
@@ -39,18 +42,21 @@ class OutputPlan:
     images: ImageKind | None = None
     jpeg_quality: int = 90
     max_images: int | None = None
+    slide_image: ImagePlan | None = None
 
     @property
     def folders(self) -> tuple[str, ...]:
         """Folders in ``save_dir`` that files go into."""
         wanted = ((True, "stitches"), (bool(self.overlays), VISUALIZATION),
-                  (self.geojson, "contours_geojson"), (self.images is not None, "images"))
+                  (self.geojson, "contours_geojson"), (self.images is not None, "images"),
+                  (self.slide_image is not None, FOLDER))
         return tuple(name for asked, name in wanted if asked)
 
     @property
     def pictures(self) -> bool:
         """Whether the slide has to be opened to make what is asked for."""
-        return self.stitch or bool(self.overlays) or self.images is not None
+        return (self.stitch or bool(self.overlays) or self.images is not None
+                or self.slide_image is not None)
 
     def outlines(self, slide_id: str, *, redo: bool, drawn: Path | None) -> tuple[str, ...]:
         """What shows the tissue alone, so can be had without coordinates, and is to be written.

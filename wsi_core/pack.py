@@ -16,7 +16,8 @@ from wsi_core.coords import read_coords_inside
 from wsi_core.deriving import DerivePlan
 from wsi_core.patch_images import Encoding
 from wsi_core.patch_lmdb import PatchLmdb, pack_part, part_done, part_path
-from wsi_core.patching import PatchPlan, check_made_from
+from wsi_core.patch_plan import PatchPlan
+from wsi_core.patching import check_made_from
 from wsi_core.process_list import ProcessList
 from wsi_core.slide import open_slide
 from wsi_core.slide_listing import slide_file

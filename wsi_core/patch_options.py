@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from wsi_core.find_tissue import TissueSearch
     from wsi_core.outputs import OutputPlan
     from wsi_core.pack import PackPlan
-    from wsi_core.patching import PatchPlan
+    from wsi_core.patch_plan import PatchPlan
+    from wsi_core.slide_images import ImagePlan
 
 CLASSICAL = ("otsu", "entropy", "stain")  # as wsi_core.segmenters registers them
 LEARNED = ("sam2", "network")
@@ -108,7 +109,14 @@ class OutputOptions:
     image_format: Literal["jpeg", "jpeg420", "png", "webp"] = option(
         "jpeg", help="encoding of patches in the LMDB (jpeg420: colours at half the resolution; "
         "webp: lossless)")
-    jpeg_quality: int = option(90, low=1, high=100, help="of saved and packed JPEG patches")
+    slide_images: float | None = option(
+        None, low=0.05, high=100, help="um per pixel of an image of the tissue of each slide, its "
+        "pieces packed together, into slide_images/: for streaming models")
+    keep_gaps: bool = option(False, help="leave the glass between the pieces in --slide_images")
+    lossless_images: bool = option(False, help="zlib instead of JPEG in --slide_images: exact, "
+                                   "several times larger")
+    jpeg_quality: int = option(90, low=1, high=100, help="of saved and packed JPEG patches and of "
+                               "--slide_images")
     max_images: int | None = option(None, low=1, help="pictures a slide, evenly spread")
     layout: Literal["clam", "trident", "atlaspatch"] = option(
         "clam", help="of the h5 files; the others need --patch_mpp or --target_mag")
@@ -206,12 +214,16 @@ def check_tissue(options: TissueOptions) -> None:
 
 def check_outputs(options: OutputOptions, scale: ScaleOptions) -> None:
     """Refuse flags that nothing would look at, and a layout that cannot say what is asked for."""
-    packs_jpeg = options.save_lmdb is not None and options.image_format.startswith("jpeg")
+    images = options.slide_images is not None
+    jpeg = (options.save_images == "jpeg" or (images and not options.lossless_images)
+            or (options.save_lmdb is not None and options.image_format.startswith("jpeg")))
     for flag, given, needed, there in (
             ("max_images", options.max_images is not None, "--save_images", options.save_images),
             ("image_format", options.image_format != "jpeg", "--save_lmdb", options.save_lmdb),
-            ("jpeg_quality", options.jpeg_quality != 90, "--save_images jpeg or a --save_lmdb of "
-             "jpeg", packs_jpeg or options.save_images == "jpeg")):
+            ("keep_gaps", options.keep_gaps, "--slide_images", images),
+            ("lossless_images", options.lossless_images, "--slide_images", images),
+            ("jpeg_quality", options.jpeg_quality != 90, "--save_images jpeg, a --save_lmdb of "
+             "jpeg or --slide_images of it", jpeg)):
         if given and not there:
             raise Refused(f"--{flag} has no effect without {needed}: give both or leave it out")
     if options.layout == "clam":
@@ -240,12 +252,27 @@ def tissue_search(options: TissueOptions, *, mask_dir: Path | None = None,
 
 
 def output_plan(options: OutputOptions, save_dir: Path) -> OutputPlan:
-    """What is written beside the coordinates."""
+    """What is written beside the coordinates. ``Refused`` when tifffile is not installed and
+    images of slides are to be written."""
     from wsi_core.outputs import OutputPlan
 
     return OutputPlan(save_dir=save_dir, stitch=options.stitch, overlays=options.visualize,
                       geojson=options.save_geojson, images=options.save_images,
-                      jpeg_quality=options.jpeg_quality, max_images=options.max_images)
+                      jpeg_quality=options.jpeg_quality, max_images=options.max_images,
+                      slide_image=image_plan(options, save_dir))
+
+
+def image_plan(options: OutputOptions, save_dir: Path) -> ImagePlan | None:
+    """The images of whole slides, None without."""
+    if options.slide_images is None:
+        return None
+    from wsi_core.pyramid_writer import import_tifffile
+    from wsi_core.slide_images import FOLDER, ImagePlan
+
+    import_tifffile()
+    return ImagePlan(folder=save_dir / FOLDER, image_mpp=options.slide_images,
+                     keep_gaps=options.keep_gaps,
+                     quality=None if options.lossless_images else options.jpeg_quality)
 
 
 def pack_plan(options: OutputOptions, save_dir: Path) -> PackPlan | None:
@@ -265,7 +292,7 @@ def patch_plan(scale: ScaleOptions, run: RunOptions, *, save_dir: Path, segment:
                search: TissueSearch, outputs: OutputPlan,
                layout: Literal["clam", "trident", "atlaspatch"]) -> PatchPlan:
     """What all slides of the run share."""
-    from wsi_core.patching import PatchPlan
+    from wsi_core.patch_plan import PatchPlan
     from wsi_core.slide import BLACK, WHITE
 
     mpp = wanted_mpp(scale)

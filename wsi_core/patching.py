@@ -5,31 +5,37 @@ The h5 is written last: it is the commit mark, so a slide whose h5 is complete h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from utils.errors import BrokenFile, ItemFailed, SlideError
+from utils.errors import ItemFailed, SlideError
 from utils.faults import fault_point
 from utils.locks import Claim, claim, holder
 from utils.report import Row, Status
-from utils.storage import canonical, differences
 from wsi_core.coords import PatchCoords, read_coords, write_coords
 from wsi_core.drawing import draw_mask
-from wsi_core.find_tissue import Overviews, TissueSearch, automatic_level, find_tissue
+from wsi_core.find_tissue import (
+    Overviews,
+    automatic_level,
+    find_tissue,
+)
 from wsi_core.grid import patch_grid
 from wsi_core.lattice import enough_tissue, global_lattice
-from wsi_core.layouts import Layout, coords_path
-from wsi_core.outputs import OutputPlan, write_picture
-from wsi_core.presets import SEGMENTATION_NAMES, PatchingParameters
-from wsi_core.scale import PatchScale, Reading, objective_mpp, plan_reading, unknown_mpp
+from wsi_core.outputs import write_picture
+from wsi_core.patch_plan import (
+    Left,
+    PatchJob,
+    PatchPlan,
+    find_standing,
+    wanted_image,
+    wanted_parameters,
+)
+from wsi_core.scale import Reading, objective_mpp, plan_reading, unknown_mpp
 from wsi_core.slide import (
-    BLACK,
     WHITE,
-    Colour,
     Slide,
     fingerprint,
     objective_disagrees,
@@ -37,164 +43,6 @@ from wsi_core.slide import (
     stamp,
 )
 from wsi_core.tissue import Tissue
-
-# What decides coordinates; levels and thicknesses of pictures do not.
-_DECISIVE = (*SEGMENTATION_NAMES, "use_padding", "contour_fn")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchPlan:
-    """What all slides of a run share.
-
-    patch_size, step_size: px of ``patch_level`` after the custom downsample, or of ``patch_mpp``
-    custom_downsample: read this many times larger patches and shrink them
-    patch_mpp: um per px of a patch; None = patches are taken from ``patch_level``
-    divide_by: with patch_mpp, its level-0 side is a multiple of this, for finer levels
-    lattice: a grid for each piece of tissue (CLAM), or one for the slide
-    min_tissue: share of a patch that must be tissue; 0 = as the contour rule says
-    white_thresh, black_thresh: leave out patches that are glass or black, see pixel_filters
-    background: RGB of what lies outside the slide
-    require_mpp: fail slides whose pixel size is unknown; mpp_from_objective: take 10 / objective
-        power for it then
-    segment, make_patches: write ``masks/``, ``patches/``; patches need ``segment``
-    search: how tissue is found; outputs: what is made beside; layout: of the h5
-    redo: write again what is there
-    single_thread: keep OpenCV to one thread, for several workers
-    """
-
-    save_dir: Path
-    patch_size: int = 256
-    step_size: int = 256
-    patch_level: int = 0
-    custom_downsample: int = 1
-    patch_mpp: float | None = None
-    divide_by: int = 1
-    lattice: Literal["contour", "global"] = "contour"
-    min_tissue: float = 0.0
-    white_thresh: int | None = None
-    black_thresh: int | None = None
-    background: Colour = BLACK
-    require_mpp: bool = False
-    mpp_from_objective: bool = False
-    segment: bool = True
-    make_patches: bool = True
-    search: TissueSearch = TissueSearch()
-    outputs: OutputPlan | None = None
-    layout: Layout = "clam"
-    redo: bool = False
-    single_thread: bool = False
-
-    @property
-    def scale(self) -> PatchScale:
-        """How patches are wanted."""
-        return PatchScale(patch_px=self.patch_size, step_px=self.step_size,
-                          patch_level=self.patch_level, mpp_um=self.patch_mpp,
-                          divide_by=self.divide_by, custom_downsample=self.custom_downsample)
-
-    @property
-    def beside(self) -> OutputPlan:
-        """The outputs beside the coordinates, possibly none."""
-        return self.outputs or OutputPlan(save_dir=self.save_dir)
-
-    def coords_path(self, slide_id: str) -> Path:
-        """Where a slide's coordinates go."""
-        return coords_path(self.save_dir, slide_id, self.layout, mpp_um=self.patch_mpp,
-                           patch_px=self.patch_size, patch_level=self.patch_level,
-                           custom_downsample=self.custom_downsample,
-                           overlap_px=max(0, self.patch_size - self.step_size))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchJob:
-    """One slide of a run. ``mpp_um`` is the user's word on the pixel size of level 0.
-
-    name: the slide as the process list calls it, "" = its file name
-    """
-
-    slide_path: Path
-    parameters: PatchingParameters
-    mpp_um: float | None = None
-    name: str = ""
-
-    @property
-    def listed_as(self) -> str:
-        """The slide's name in the process list and the report."""
-        return self.name or self.slide_path.name
-
-    @property
-    def slide_id(self) -> str:
-        """That name without its last extension; names the slide's files."""
-        return Path(self.listed_as).stem
-
-
-class Left(Enum):
-    """What is left to do on a slide."""
-
-    EVERYTHING = "everything"
-    EXTRAS = "pictures and exports"
-    NOTHING = "nothing"
-    CONFLICT = "made with other parameters"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """How a slide stands: what is left, why, and what its h5 tells for the process list."""
-
-    left: Left
-    why: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-
-# ---------------------------------------------------------------------------- what is there
-
-def wanted_parameters(
-    job: PatchJob, plan: PatchPlan, *, seg_level: int, seg_level_auto: int
-) -> dict[str, Any]:
-    """Everything that determines the coordinates of a slide, for the record in its h5.
-
-    ``seg_level`` is the level used, ``seg_level_auto`` the one that -1 stands for on this slide.
-    What goes beyond CLAM's settings is there only when it is used. Raises SlideError when the
-    slide is not there.
-    """
-    plain = PatchPlan(save_dir=plan.save_dir)
-    beyond = ("patch_mpp", "divide_by", "lattice", "min_tissue", "white_thresh", "black_thresh",
-              "mpp_from_objective", "layout")
-    return {
-        "stage": "patches", **fingerprint(job.slide_path),
-        "patch_size": plan.patch_size, "step_size": plan.step_size,
-        "patch_level": plan.patch_level, "custom_downsample": plan.custom_downsample,
-        "background": plan.background, "mpp_override": job.mpp_um,
-        "seg_level": seg_level, "seg_level_auto": seg_level_auto,
-        **{name: getattr(job.parameters, name) for name in _DECISIVE},
-        **{name: getattr(plan, name) for name in beyond
-           if getattr(plan, name) != getattr(plain, name)},
-        **plan.search.parameters(job.slide_id),
-    }
-
-
-def find_standing(job: PatchJob, plan: PatchPlan) -> Standing:
-    """What is left to do on a slide. It is not opened: its h5 says what "automatic" was."""
-    path = plan.coords_path(job.slide_id)
-    if plan.redo or not path.exists():
-        return Standing(left=Left.EVERYTHING if plan.segment else Left.EXTRAS)
-    try:
-        found = read_coords(path)
-    except BrokenFile as error:
-        left = Left.EVERYTHING if plan.segment else Left.EXTRAS
-        return Standing(left=left, why=str(error))
-    if plan.make_patches and found.parameters:  # a CLAM file has none and counts as done
-        automatic = int(found.parameters.get("seg_level_auto", -1))
-        asked = job.parameters.seg_level
-        wanted = wanted_parameters(job, plan, seg_level=asked if asked >= 0 else automatic,
-                                   seg_level_auto=automatic)
-        if canonical(found.parameters) != canonical(wanted):
-            return Standing(left=Left.CONFLICT, why=differences(found.parameters, wanted))
-    numbers: dict[str, Any] = {"n_patches": len(found)}
-    if found.tissue is not None:
-        numbers["n_contours"] = len(found.tissue.contours)
-    left = Left.EXTRAS if plan.beside.missing(job.slide_id, found) else Left.NOTHING
-    return Standing(left=left, numbers=numbers)
-
 
 # ---------------------------------------------------------------------------- the work
 
@@ -216,11 +64,12 @@ def patch_slide(job: PatchJob, *, plan: PatchPlan) -> Row:
         if standing.left is Left.NOTHING:
             return Row(item=job.listed_as, status=Status.SKIPPED, numbers=standing.numbers)
         if standing.left is Left.CONFLICT:
-            raise ItemFailed(f"{path} was just made with other parameters: {standing.why}")
+            raise ItemFailed(f"{standing.what} of {job.slide_id} was just made with other "
+                             f"parameters: {standing.why}")
         fault_point(f"patching.open.{job.slide_id}")
         with open_slide(job.slide_path) as slide:
             if standing.left is Left.EXTRAS:
-                return _extras_only(slide, job, plan)
+                return _extras_only(Overviews(slide), job, plan)
             return _process(slide, job, plan, mine)
 
 
@@ -243,12 +92,14 @@ def _process(slide: Slide, job: PatchJob, plan: PatchPlan, mine: Claim) -> Row:
             bare = place_patches(slide, Tissue(), reading, slide_mpp, job, plan)
             plan.beside.make(overviews, replace(bare, tissue=tissue), plan.beside.outlines(
                 job.slide_id, redo=plan.redo, drawn=drawn))
+            numbers |= _make_image(overviews, tissue, job, plan)
         elif plan.beside.pictures:
-            _extras_only(slide, job, plan)
+            numbers |= _extras_only(overviews, job, plan, tissue=tissue).numbers
         return _result(tissue, numbers, None, job, note)
     patches = place_patches(slide, tissue, reading, slide_mpp, job, plan)
     plan.beside.clear(job.slide_id, drawn=drawn)
     plan.beside.make(overviews, patches, plan.beside.missing(job.slide_id, patches))
+    numbers |= _make_image(overviews, tissue, job, plan)
     if stamp(job.slide_path) != before:
         raise SlideError(f"{job.slide_path}: was replaced while it was read: run the same command "
                          "again")
@@ -274,7 +125,8 @@ def pixel_size(slide: Slide, job: PatchJob, plan: PatchPlan
     else:
         mpp = slide.mpp_um
     if mpp is None:
-        if plan.require_mpp or plan.patch_mpp is not None:
+        if (plan.require_mpp or plan.patch_mpp is not None
+                or plan.beside.slide_image is not None):
             raise ItemFailed(unknown_mpp(slide))
         return None, ""
     return mpp, objective_disagrees(slide, sum(mpp) / 2)
@@ -339,7 +191,9 @@ def check_made_from(slide_path: Path, patches: PatchCoords, coords_path: Path) -
                          "with --seg --patch --no_auto_skip")
 
 
-def _extras_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
+def _extras_only(overviews: Overviews, job: PatchJob, plan: PatchPlan, *,
+                 tissue: Tissue | None = None) -> Row:
+    """What is missing beside the coordinates; tissue: as found in this run, if it was."""
     path = plan.coords_path(job.slide_id)
     if not path.exists():
         raise ItemFailed(f"{path} is not there to draw: run with --seg --patch first")
@@ -347,10 +201,33 @@ def _extras_only(slide: Slide, job: PatchJob, plan: PatchPlan) -> Row:
     check_made_from(job.slide_path, patches, path)
     if plan.redo:
         plan.beside.clear(job.slide_id, drawn=plan.search.contours_path(job.slide_id))
-    plan.beside.make(Overviews(slide), patches, plan.beside.missing(job.slide_id, patches))
+    plan.beside.make(overviews, patches, plan.beside.missing(job.slide_id, patches))
+    image = _make_image(overviews, tissue, job, plan)
     return Row(item=job.listed_as, status=Status.DONE if len(patches) else Status.EMPTY,
                reason="" if len(patches) else "the coordinates file has no patches",
-               numbers={"n_patches": len(patches)})
+               numbers={"n_patches": len(patches), **image})
+
+
+def _make_image(overviews: Overviews, tissue: Tissue | None, job: PatchJob, plan: PatchPlan
+                ) -> dict[str, Any]:
+    """The image of the slide where it is asked for and not there; its size for the report.
+
+    Its tissue is that of this run's parameters, found now unless it was before.
+    """
+    images, slide = plan.beside.slide_image, overviews.slide
+    if images is None:
+        return {}
+    slide_mpp, _ = pixel_size(slide, job, plan)
+    assert slide_mpp is not None
+    parameters = wanted_image(job, plan, automatic_level(slide, -1))
+    record = None if plan.redo else images.found(job.slide_id)
+    if record is None:
+        if tissue is None:
+            tissue = find_tissue(overviews, job.slide_id, job.parameters, plan.search,
+                                 slide_mpp=slide_mpp)
+        record = images.make(slide, job.slide_id, tissue, slide_mpp=slide_mpp,
+                             parameters=parameters)
+    return {} if record is None else {"image_px": "{}x{}".format(*record.size_px)}
 
 
 def _result(tissue: Tissue, numbers: dict[str, Any], patches: PatchCoords | None,

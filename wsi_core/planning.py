@@ -9,7 +9,7 @@ from utils.errors import ItemFailed, Refused
 from utils.report import Row, RunReport, Status
 from utils.storage import inside, safe_id
 from wsi_core.find_tissue import automatic_level
-from wsi_core.patching import Left, PatchJob, PatchPlan, find_standing
+from wsi_core.patch_plan import Left, PatchJob, PatchPlan, find_standing
 from wsi_core.presets import DEFAULTS, PatchingParameters, find_preset, load_preset
 from wsi_core.process_list import (
     ProcessList,
@@ -68,7 +68,7 @@ def plan_jobs(listing: ProcessList, source: Path, defaults: PatchingParameters,
               sizes: Mapping[str, float], plan: PatchPlan, report: RunReport) -> list[PatchJob]:
     """The slides with work left; the others are settled in ``listing`` and ``report``.
 
-    ``Refused`` when coordinates of other parameters are there.
+    ``Refused`` when coordinates or images of other parameters are there.
     """
     jobs: list[PatchJob] = []
     conflicts: list[str] = []
@@ -83,14 +83,15 @@ def plan_jobs(listing: ProcessList, source: Path, defaults: PatchingParameters,
             settle(listing, report, Row(item=name, status=Status.FAILED, reason=str(error)))
             continue
         if standing.left is Left.CONFLICT:
-            conflicts.append(f"{name} made with other parameters: {standing.why}")
+            conflicts.append(f"{standing.what} of {name} made with other parameters: "
+                             f"{standing.why}")
         elif standing.left is Left.NOTHING:
             settle(listing, report, Row(item=name, status=Status.SKIPPED, numbers=standing.numbers))
         else:
             jobs.append(job)
     if conflicts:
         more = f" ({len(conflicts) - 1} more slides differ as well)" if len(conflicts) > 1 else ""
-        raise Refused(f"{plan.save_dir} holds coordinates of {conflicts[0]}{more}. "
+        raise Refused(f"{plan.save_dir} holds {conflicts[0]}{more}. "
                       "Give --no_auto_skip to redo them, or another --save_dir")
     return jobs
 

@@ -47,7 +47,8 @@ class ProcessList:
         if row.status not in (Status.FAILED, Status.BUSY):
             cells["process"] = "0"
         cells["reason"] = row.reason
-        cells.update({key: str(value) for key, value in row.numbers.items()})
+        cells.update({key: str(value) for key, value in row.numbers.items()
+                      if key in self.columns})
 
     def copy(self, reason: str) -> ProcessList:
         """A list of the same slides with nothing done, for ``reason``."""

@@ -36,6 +36,7 @@ def test_flags(script: str) -> None:
 def test_keys(section: str) -> None:
     """As ``"section.key"`` of the helper ``draw``, or a parametrised ``"key"``."""
     kind = {**SECTIONS, "samples": Sample}[section]
-    text = (HERE / "test_create_heatmaps.py").read_text(encoding="utf-8")
+    text = "".join(path.read_text(encoding="utf-8")
+                   for path in sorted(HERE.glob("test_create_heatmaps*.py")))
     form = rf'"{section}\.{{0}}"|"{{0}}"'
     assert kind is SampleArguments or untested(kind, text, form) == set()

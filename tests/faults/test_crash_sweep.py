@@ -23,6 +23,7 @@ from tests.conftest import ROOT
 from tests.slides import tissue_image, write_pyramid
 from utils.storage import read_h5, save_torch
 from wsi_core.coords import read_coords
+from wsi_core.image_record import read_record
 from wsi_core.patch_lmdb_reader import PatchLmdbReader
 
 VOLATILE = ("report_", "events.out", "options.yaml", "process_list_autogen", ".lmdb-lock")
@@ -166,6 +167,15 @@ def test_patching_with_everything_beside(slides: Path, tmp_path: Path) -> None:
            "--max_images", "2", "--save_lmdb", "p"],
           tmp_path / "out", tmp_path, preload=PATCHING, every_passage=True)
     assert len(read_coords(tmp_path / "out/patches/a.h5")) > 5
+
+
+def test_slide_images(slides: Path, tmp_path: Path) -> None:
+    """Image, tissue map and record; no coordinates."""
+    command = patching(slides, tmp_path / "out")
+    command.remove("--patch")
+    sweep([*command, "--slide_images", "1.0"], tmp_path / "out", tmp_path,
+          preload=f"{PATCHING} tifffile")
+    assert read_record(tmp_path / "out/slide_images/a.json").boxes
 
 
 def test_extraction(slides: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ import pytest
 from tests.conftest import GOLDEN
 from tests.golden import fill
 from utils.errors import SlideError
+from wsi_core.find_tissue import automatic_level
 from wsi_core.grid import patch_grid
-from wsi_core.patching import automatic_level
 from wsi_core.presets import PatchingParameters
 from wsi_core.slide import nominal_downsample, open_slide, read_level
 from wsi_core.tissue import Tissue, segment_image

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.bags import BagDataset, available_memory_bytes
+from datasets.bags import BagDataset
 from datasets.features import FeatureStore
 from datasets.table import SlideTable
 from datasets.tasks import Task
 from utils.errors import BrokenFile, ItemFailed, Refused
+from utils.memory import available_memory_bytes
 from utils.storage import save_torch, write_h5
 
 ENCODER = {"name": "lite0", "dim": 8, "weights_sha256": "aa"}

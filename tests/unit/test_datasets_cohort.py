@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from datasets.cohort import Cohort, check_sources, load_cohort
+from datasets.cohort import Cohort, load_cohort
 from datasets.split_folder import find_split_folder
 from datasets.tasks import Task
 from tests.training import WIDTH, write_cohort
@@ -151,28 +150,6 @@ def test_finer_levels_are_checked_counted_and_in_the_bags(root: Path) -> None:
     assert (row.item, row.status) == ("slide_08", Status.FAILED)
     with pytest.raises(Refused, match="--child_levels or --child_mpp"):
         load(root, child_levels=(1,))
-
-
-@pytest.mark.parametrize(("flags", "end_to_end", "words"), [
-    ({"patches": "p.lmdb"}, False, "--patches has no effect: it learns from features"),
-    ({"same_psize": 4}, False, "--same_psize has no effect"),
-    ({"data_slide_dir": Path("s")}, False, "--data_slide_dir has no effect"),
-    ({}, True, "--patches is missing: it learns from patches"),
-    ({"patches": "p.lmdb", "data_root_dir": Path("f")}, True, "--data_root_dir has no effect"),
-    ({"patches": "p.lmdb", "lazy_children": True}, True, "--lazy_children has no effect")])
-def test_sources_that_do_nothing_are_refused(
-    flags: dict[str, Any], end_to_end: bool, words: str
-) -> None:
-    with pytest.raises(Refused, match=words):
-        check_sources(SimpleNamespace(**flags), model_type="it", end_to_end=end_to_end)
-
-
-def test_sources_that_suit_the_model_pass() -> None:
-    check_sources(SimpleNamespace(patches="p.lmdb", num_workers=4), model_type="it",
-                  end_to_end=True)
-    check_sources(SimpleNamespace(data_root_dir=Path("f")), model_type="it", end_to_end=False)
-    check_sources(SimpleNamespace(lazy_children=True, data_slide_dir=Path("s")),
-                  model_type="it", end_to_end=False)
 
 
 def test_features_that_nobody_named_are_asked_for(root: Path) -> None:

@@ -14,6 +14,7 @@ from datasets.heatmap_config import (
     SECTIONS,
     DataArguments,
     PatchingArguments,
+    StreamingArguments,
     as_yaml,
     find_config,
     load_config,
@@ -66,6 +67,15 @@ def test_the_shipped_template_is_clams_with_our_keys() -> None:
     assert config.class_names == ("LUAD", "LSCC")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "heatmaps/configs").glob("demo_*.yaml")),
+                         ids=lambda path: path.name)
+def test_the_demos_load(path: Path) -> None:
+    config = load_config(path)
+    streaming = config.streaming_arguments != StreamingArguments()
+    assert streaming == ("streaming" in path.name)
+    assert config.class_names == ("skin", "colon")
+
+
 def test_clams_own_yaml_loads_and_the_resolved_one_loads_back(tmp_path: Path) -> None:
     config = load(tmp_path, yaml.safe_dump(CLAM))
     assert load(tmp_path, as_yaml(config)) == config
@@ -108,6 +118,9 @@ def test_values_are_read_by_declared_type(tmp_path: Path) -> None:
     ("sample_arguments: {samples: [{name: a, mode: best}]}", "expected one of topk"),
     ("sample_arguments: {samples: [7]}", r"samples\[0\] is 7"),
     ("sample_arguments: {sample: []}", "expected one list 'samples'"),
+    ("streaming_arguments: {source: both}", "source is 'both', expected one of attention, gradi"),
+    ("streaming_arguments: {image_mpp: 0}", "image_mpp is 0.0, expected from 0.05 to 100"),
+    ("streaming_arguments: {image_mpp: 1, slide_images: x}", "their own um per px, .* give one"),
     ("a: &x [1]\nb: *x", "uses YAML aliases"),
     ("exp_arguments: !!python/object:os.system {}", "is not plain YAML"),
 ])

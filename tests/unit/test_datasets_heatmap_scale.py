@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from datasets.heatmap_scale import TrainedScale
+from datasets.heatmap_scale import ImageScale, TrainedScale
 
 TRAINED = {"px": [256], "mpp_um": [0.5]}
 
@@ -38,3 +38,18 @@ def test_the_same_difference_is_told_once(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == ["a", "c"]
     assert lines[0].endswith("set patch_size and patch_mpp as in training")
+
+
+@pytest.mark.parametrize(("trained", "mpp_um", "expected"), [
+    ([2.0], 2.0, ""), ([2.0], 2.02, ""), ([], 2.0, ""), ([2.0], None, ""), ([1.0, 2.0], 1.0, ""),
+    ([1.0, 4.0], 2.0, "on images of 1 or 4 um/px, this one has 2 um/px")])
+def test_images_are_compared_by_their_scale_alone(
+    trained: list[float], mpp_um: float | None, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = ImageScale({"mpp_um": trained})
+    scale.warn("a", 32, mpp_um)
+    scale.warn("b", 32, mpp_um)
+    told = capsys.readouterr().err
+    assert expected in told and told.count("\n") == bool(expected)
+    assert not expected or told.endswith("give streaming_arguments the images, or the image_mpp, "
+                                         "of the training\n")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from datasets.heatmap_config import HeatmapArguments, PatchingArguments
+from datasets.heatmap_files import AttentionMap
 from datasets.heatmap_items import HeatmapItem
 from datasets.heatmap_scores import Outputs, Scored, Tools
-from datasets.heatmap_slide import AttentionMap, SlideMaps
+from datasets.heatmap_slide import SlideMaps
 from tests.slides import tissue_image, write_pyramid
 from wsi_core.presets import HEATMAP_DEFAULTS
 from wsi_core.slide import Slide, open_slide

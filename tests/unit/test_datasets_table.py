@@ -141,3 +141,26 @@ def test_subset_keeps_the_order_asked_for_and_all_classes() -> None:
 def test_listed_names_the_first_few() -> None:
     assert listed("abc") == "'a', 'b', 'c'"
     assert listed(range(9)) == "0, 1, 2, 3, 4, ... (9 in all)"
+
+
+def test_two_columns_of_any_name_are_slide_and_label(tmp_path: Path) -> None:
+    """The form of the published streaming models; ids stay text."""
+    table = load_table(task_of(tmp_path, "image,grade\n007,normal\n1e5,tumor\n"))
+    assert table.slide_ids == ("007", "1e5") and table.labels.tolist() == [0, 1]
+    assert "'image' is taken for the slide and 'grade' for its label" in table.notes[0]
+    ours = load_table(task_of(tmp_path, "label,slide_id\nnormal,a\ntumor,b\n"))
+    assert ours.slide_ids == ("a", "b") and not any("taken" in note for note in ours.notes)
+
+
+@pytest.mark.parametrize(("text", "label_col", "message"), [
+    ("image,grade,site\na,normal,x\n", "label", "no column 'slide_id'"),
+    ("case_id,slide_id\np,a\n", "label", "no column 'label'"),
+    ("slide_id,case_id\na,p\n", "label", "no column 'label'"),
+    ("slide_id,grade\na,normal\n", "class", "no column 'class'"),
+    ("image,grade\na,normal\nb,cyst\n", "label", "line 3: 'cyst'"),
+])
+def test_columns_that_say_something_else_are_not_taken(
+        tmp_path: Path, text: str, label_col: str, message: str) -> None:
+    """A label column that was asked for, patients, more than two columns."""
+    with pytest.raises(Refused, match=message):
+        load_table(task_of(tmp_path, text, label_col=label_col))

@@ -123,3 +123,38 @@ def test_missing_columns_are_named_with_their_flag(
 def test_numbers_are_plain_and_finite() -> None:
     assert [read_number(cell) for cell in ("1", " 2.5 ", "-1e-3", "", "1_0", "nan", "inf", "x")
             ] == [1.0, 2.5, -0.001, None, None, None, None, None]
+
+
+def two_columns(folder: Path, text: str, *, kind: str, cols: tuple[str, ...]) -> SlideTable:
+    path = folder / "table.csv"
+    path.write_text(text)
+    return load_table(Task(name="t", csv_path=path, task_type=kind, label_cols=cols))  # type: ignore[arg-type]
+
+
+def test_lists_of_labels_become_columns(tmp_path: Path) -> None:
+    """Spec streaming.md 9, which the published parser could not read (defect 12)."""
+    text = "slide_id,label\na,[0;2]\nb,[]\nc,[ 1 ]\nd,[2;2;0]\n"
+    table = two_columns(tmp_path, text, kind="multilabel", cols=("er", "pr", "her2"))
+    assert table.targets is not None
+    assert table.targets.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 1]]
+    assert table.target_names == ("er", "pr", "her2")
+    assert "'label' for its labels, numbered as in --label_cols" in table.notes[0]
+    with pytest.raises(Refused, match="'label': 2 of 4 rows are beyond the 2 labels of "
+                                      r"--label_cols, numbered 0 to 1: line 2: '\[0;2\]'; line 5"):
+        two_columns(tmp_path, text, kind="multilabel", cols=("er", "pr"))
+
+
+@pytest.mark.parametrize("cell", ["0;2", "[0,2]", "[0;]", "[-1]", "[a]", "", "[0"])
+def test_what_is_no_list_of_labels(tmp_path: Path, cell: str) -> None:
+    with pytest.raises(Refused, match="1 of 2 rows are no list of labels such as"):
+        two_columns(tmp_path, f'slide_id,label\na,"{cell}"\nb,[1]\n', kind="multilabel",
+                    cols=("er", "pr"))
+
+
+def test_one_value_a_slide(tmp_path: Path) -> None:
+    table = two_columns(tmp_path, "name,score\na,0.5\nb,-1e1\n", kind="regression",
+                        cols=("purity",))
+    assert table.targets is not None and table.targets.tolist() == [[0.5], [-10]]
+    assert table.target_names == ("purity",)
+    with pytest.raises(Refused, match="no column 'slide_id'"):
+        two_columns(tmp_path, "name,score\na,0.5\n", kind="regression", cols=("purity", "age"))

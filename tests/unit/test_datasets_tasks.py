@@ -151,3 +151,9 @@ def test_a_type_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path, "alpha: {csv_path: t.csv, task_type: ranking}")
     with pytest.raises(Refused, match="one of classification, multilabel, regression, survival"):
         load_task("alpha", tasks_file=tasks)
+
+
+def test_the_labels_of_a_csv_of_two_columns_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,class\na,1\nb,0\n")
+    with pytest.raises(Refused, match=r"column 'class' holds 2 labels.*--label_dict 0:0,1:1"):
+        load_task(None, csv_path=tmp_path / "t.csv")

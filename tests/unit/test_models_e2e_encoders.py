@@ -85,7 +85,8 @@ def holds(network: PatchNetwork, state: State) -> bool:
 @pytest.mark.parametrize(("name", "dim", "parameters", "blocks"), [
     ("r18", 256, 2_782_784, 4), ("r18a", 512, 11_176_512, 5), ("r50", 1024, 8_543_296, 4),
     ("r50v2", 1024, 8_543_296, 4), ("efficientnet_lite0", 1280, 3_371_008, 9),
-    ("lite0", 1280, 3_371_008, 9)])
+    ("lite0", 1280, 3_371_008, 9), ("resnet34", 512, 21_284_672, 5),
+    ("resnet50", 2048, 23_508_032, 5)])
 def test_published_encoders(name: str, dim: int, parameters: int, blocks: int) -> None:
     """Sizes: spec abmilx.md 5."""
     network = build_encoder(name)
@@ -94,6 +95,16 @@ def test_published_encoders(name: str, dim: int, parameters: int, blocks: int) -
     assert encoder_width(name) == dim and len(network.blocks()) == blocks
     normal = (HALF, HALF) if "lite0" in name else (IMAGENET_MEAN, IMAGENET_STD)
     assert (network.mean, network.std) == normal
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("resnet18", "resnet18-f37072fd.pth"), ("resnet34", "resnet34-b627a593.pth"),
+    ("resnet50", "resnet50-0676ba61.pth")])
+def test_plain_names_of_resnets_mean_torchvisions_weights(name: str, file: str) -> None:
+    """As in the extraction of features, whose encoders of these names are torchvision's."""
+    with pytest.raises(Refused, match=f"timm/{name}.tv_in1k.*{file}"):
+        pretrained_record(name)
+    assert ENCODERS.get(name).weights.url == f"https://download.pytorch.org/models/{file}"
 
 
 def test_r18_is_resnet18_to_its_third_stage(resnet18: nn.Module, weights: Path) -> None:

@@ -131,3 +131,33 @@ def test_state_names_are_those_of_the_paper() -> None:
                  "mil.attn_plus_fn.qk.weight", "mil.classifier.weight"):
         assert name in state
     assert not any(name.startswith("encoder.model.layer4") for name in state)
+
+
+def test_streaming_checkpoints_need_their_name(tmp_path: Path) -> None:
+    """A pooled map is known for what it is, its network is not; maximum and mean share weights."""
+    path, state = tmp_path / "x.pt", built("streaming_test_resnet", 96, {"head": "mean"}, 3)
+    torch.save(state, path)
+    names = ("a", "b", "c")
+    with pytest.raises(Refused, match="found model type streaming.*: give model_type"):
+        load_trained(path, class_names=names)
+    flags: dict[str, Any] = {"class_names": names, "model_type": "streaming_test_resnet"}
+    trained = load_trained(path, **flags)
+    assert (trained.spec.embed_dim, trained.spec.options["head"]) == (96, "max")
+    assert any("head: mean" in note for note in trained.notes)
+    trained = load_trained(path, **flags, options={"head": "mean"})
+    assert not trained.notes
+    assert all(torch.equal(value, state[name])
+               for name, value in trained.build().state_dict().items())
+    with pytest.raises(Refused, match="number of classes 2, found number of classes 3"):
+        load_trained(path, **{**flags, "class_names": names[:2]})
+    with pytest.raises(Refused, match="embed_dim|conv1"):
+        load_trained(path, class_names=names, model_type="streaming_resnet18")
+
+
+def test_attention_over_a_map_is_read_from_its_weights(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(built("streaming_test_resnet", 96, {"head": "gated_attention"}), path)
+    trained = load_trained(path, class_names=("a", "b"), model_type="streaming_test_resnet")
+    assert trained.spec.options["head"] == "gated_attention"
+    assert trained.spec.model_size == "small"
+    assert not trained.notes

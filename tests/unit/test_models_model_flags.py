@@ -50,6 +50,20 @@ def test_a_flag_of_another_family_is_refused() -> None:
     assert describe(model_type="transmil", inner_dim=64).options["inner_dim"] == 64
 
 
+def test_a_streaming_model_has_the_width_of_its_network_and_options_of_its_own() -> None:
+    spec = describe(model_type="streaming_resnet34", head="gated_attention", cut="layer3")
+    assert spec.embed_dim == 512
+    assert (spec.options["head"], spec.options["cut"]) == ("gated_attention", "layer3")
+    for flags, message in (
+            ({"embed_dim": 1024}, "resnet34 gives 512 numbers"),
+            ({"train_blocks": 1}, "--train_blocks belongs to e2e models"),
+            ({"abx_D": 64}, "--abx_D belongs to abmilx")):
+        with pytest.raises(Refused, match=message):
+            describe(model_type="streaming_resnet34", **flags)
+    with pytest.raises(Refused, match="--tile_size belongs to streaming models"):
+        describe(tile_size=64)
+
+
 @pytest.mark.parametrize(("flags", "task", "message"), [
     ({"model_type": "mil"}, "survival", "mil tells classes apart"),
     ({"model_type": "clam_sb"}, "regression", "instance clustering of clam_sb needs classes"),

@@ -100,3 +100,18 @@ def test_names_are_known_without_torch() -> None:
     code = ("import sys; from models.slide_models import SLIDE_MODELS; "
             "assert 'clam_sb' in SLIDE_MODELS; assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("head", "keys"), [
+    ("max", {"linear"}), ("mean", {"linear"}),
+    ("gated_attention", {"attention_net", "classifiers"})])
+def test_streaming_models_are_built_by_name_and_described(head: str, keys: set[str]) -> None:
+    found = spec(model_type="streaming_test_resnet", embed_dim=96, options={"head": head})
+    assert found.options["train_part"] == "all"
+    assert from_mapping(SlideModelSpec, dataclasses.asdict(found), source="json") == (
+        dataclasses.asdict(found))
+    names = [name.split(".") for name in build_slide_model(found).state_dict()]
+    assert {name[1] for name in names if name[0] == "mil"} == keys
+    assert {name[0] for name in names} == {"encoder", "mil"}
+    with pytest.raises(Refused, match="options of streaming_test_resnet"):
+        spec(model_type="streaming_test_resnet", embed_dim=96, options={"inner_dim": 3})

@@ -13,7 +13,7 @@ import torch
 
 from models.infer import infer_spec, model_type_of
 from models.slide_models import SLIDE_MODELS, SlideModelSpec, build_slide_model
-from models.trained import load_trained
+from models.trained import TrainedModel, load_trained
 from utils.errors import Refused
 
 CLASSES = ("normal", "tumor")
@@ -214,9 +214,11 @@ def test_a_survival_model_has_no_classes_to_compare(tmp_path: Path) -> None:
 
 
 def test_patches_of_other_sizes_than_in_training_are_told(tmp_path: Path) -> None:
-    path = described(tmp_path, spec_of(), patches={"px": [256], "mpp_um": [0.5, 0.25]})
-    trained = load_trained(path, class_names=("a", "b"))
-    assert trained.patch_notes({"px": [256], "mpp_um": [0.25]}) == []  # fewer slides
-    assert trained.patch_notes(None) == []
-    (note,) = trained.patch_notes({"px": [256], "mpp_um": [1.0]})
+    trained = TrainedModel(
+        path=tmp_path / "s_0_checkpoint.pt", spec=spec_of(model_type="e2e_r18_abmil"), state={},
+        sha256="", encoder=None, described=True, notes=(),
+        record={"patches": {"px": [256], "mpp_um": [0.5, 0.25]}})
+    assert trained.pixel_notes({"px": [256], "mpp_um": [0.25]}) == []  # fewer slides
+    assert trained.pixel_notes(None) == []
+    (note,) = trained.pixel_notes({"px": [256], "mpp_um": [1.0]})
     assert "mpp_um [1.0] (training: [0.5, 0.25])" in note

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.two_pass import two_pass
+from models.two_pass import GradientSums, two_pass
 from utils.errors import ItemFailed
 
 CPU = torch.device("cpu")
@@ -155,6 +155,19 @@ def test_a_gradient_shared_by_two_weights_is_not_written_over(factors: list[floa
     torch.stack(results).sum().backward()
     assert pair[0].grad.tolist() == pair[1].grad.tolist() == [3, 3]
     assert pair[0].grad.data_ptr() != pair[1].grad.data_ptr()
+
+
+def test_sums_of_half_precision_weights_lose_nothing() -> None:
+    weights = [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2), torch.zeros(1)]
+    sums, one = GradientSums(weights), torch.ones(2)
+    for _ in range(300):  # a sum in bfloat16 stays at 256
+        sums.add([one.bfloat16(), one, None])
+    sums.add([one.bfloat16(), None, None], times=100)
+    first, second, third = sums.totals()
+    assert first is not None and second is not None and third is None
+    assert (first.tolist(), first.dtype) == ([400.0] * 2, torch.bfloat16)
+    assert second.tolist() == [300.0] * 2
+    assert one.tolist() == [1, 1]
 
 
 def test_the_graph_of_one_part_is_alive_at_a_time() -> None:

@@ -188,8 +188,8 @@ def test_a_step_after_each_loss_on_request(tmp_path: Path, *, step_per_loss: boo
 def test_options_that_contradict_are_refused(options: dict[str, Any], processes: int,
                                              message: str) -> None:
     with pytest.raises(Refused, match=message):
-        check_fit(FitOptions(**options), ToyModel().objective, processes=processes)
-    check_fit(FitOptions(), ToyModel().objective, processes=processes)
+        check_fit(FitOptions(**options), ToyModel(), processes=processes)
+    check_fit(FitOptions(), ToyModel(), processes=processes)
 
 
 def test_fit_checks_its_options(tmp_path: Path) -> None:

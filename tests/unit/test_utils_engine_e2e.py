@@ -5,7 +5,7 @@ On a toy encoder of pixels; the real one: ``tests/faults/test_e2e_resume.py``.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,19 +245,31 @@ def test_accumulation_must_hold_whole_groups(tmp_path: Path) -> None:
         train(tmp_path, toy(batch_size=3), accumulate=4)
 
 
-@pytest.mark.parametrize(("options", "together", "objective", "message"), [
-    ({"step_per_loss": True}, 1, ToyModel().objective, "--step_per_loss would step before"),
-    ({"accumulate": 4}, 2, COX, "Cox passes one slide at a time.*--batch_size"),
-    ({"freeze_epochs": 1}, None, ToyModel().objective, "this model has none"),
-    ({"freeze_epochs": 3, "max_epochs": 3}, 1, ToyModel().objective, "leave none in which"),
-    ({"test_type": "both"}, None, ToyModel().objective, "--test_type both.*give its decay, --ema"),
-    ({"test_type": "ema"}, None, ToyModel().objective, "--test_type ema.*give its decay, --ema"),
-    ({"test_type": "main", "ema": 0.9}, None, ToyModel().objective, "leave --ema out")])
+class Resting(ToyEncoder):
+    def rest(self, resting: bool) -> None:
+        """A model whose encoder can rest."""
+
+
+PLAIN, ALONE, PAIRS = ToyModel(), Resting(batch_size=1), Resting(batch_size=2, objective=COX)
+
+
+@pytest.mark.parametrize(("options", "model", "message"), [
+    ({"step_per_loss": True}, ALONE, "--step_per_loss would step before"),
+    ({"accumulate": 4}, PAIRS, "Cox passes one slide at a time.*--batch_size"),
+    ({"freeze_epochs": 1}, PLAIN, "this model has none"),
+    ({"freeze_epochs": 3, "max_epochs": 3}, ALONE, "leave none in which"),
+    ({"swa": 5, "ema": 0.9}, PLAIN, "two means.*choose one"),
+    ({"swa": 5, "max_epochs": 4}, PLAIN, "--swa 5 averages more epochs"),
+    ({"swa": 5, "early_stopping": True}, PLAIN, "leaves open which they are"),
+    ({"swa": 5, "test_type": "main"}, PLAIN, "leave --ema and --swa out"),
+    ({"test_type": "both"}, PLAIN, "--test_type both.*give its decay, --ema"),
+    ({"test_type": "ema"}, PLAIN, "--test_type ema.*give its decay, --ema"),
+    ({"test_type": "main", "ema": 0.9}, PLAIN, "leave --ema and --swa out")])
 def test_options_that_contradict_are_refused(
-    options: dict[str, Any], together: int | None, objective: Objective, message: str
+    options: dict[str, Any], model: nn.Module, message: str
 ) -> None:
     with pytest.raises(Refused, match=message):
-        check_fit(FitOptions(**options), objective, encoded_together=together)
+        check_fit(FitOptions(**options), model)
 
 
 def test_the_encoder_rests_in_the_first_epochs(
@@ -277,8 +289,8 @@ class Drawn(BagList):
         super().__init__(bags)
         self.events: list[Any] = []
 
-    def begin_epoch(self, *, seed: int, epoch: int) -> None:
-        self.events.append((seed, epoch))
+    def begin_epoch(self, *, seed: int, epoch: int, turns: Mapping[int, Sequence[int]]) -> None:
+        self.events.append((seed, epoch, dict(turns)))
 
     def __getitem__(self, index: Any) -> Any:
         self.events.append("read")
@@ -333,7 +345,8 @@ def test_encoding_and_its_backward_run_under_autocast_the_losses_backward_withou
 def test_bags_that_are_drawn_anew_are_told_of_each_epoch(tmp_path: Path) -> None:
     bags = Drawn(TRAIN.bags[:2])
     train(tmp_path, toy(), bags=bags, val=[], max_epochs=2, accumulate=2, seed=7)
-    assert bags.events == [(7, 0), "read", "read", (7, 1), "read", "read"]
+    once = {0: [0], 1: [0]}
+    assert bags.events == [(7, 0, once), "read", "read", (7, 1, once), "read", "read"]
 
 
 def test_as_many_bags_are_read_ahead_as_are_encoded_together(tmp_path: Path) -> None:

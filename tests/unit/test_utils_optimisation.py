@@ -12,7 +12,7 @@ import torch
 from tests.training import BagList, ToyModel, make_bag
 from tests.unit.test_utils_tracking import read_scalars
 from utils.engine import FitOptions, FitResult, fit, predict
-from utils.optimisation import MeanModel, build_optimiser, learning_rate
+from utils.optimisation import MeanModel, build_optimiser, learning_rate, share_of_epoch
 from utils.tracking import TensorBoardTracker
 from utils.training_loop import TrainingLoop
 from utils.training_state import load_state
@@ -120,14 +120,14 @@ def test_every_epoch_steps_with_its_rate_and_logs_it(tmp_path: Path) -> None:
 def test_the_mean_is_the_formula_from_the_initial_weights_on() -> None:
     torch.manual_seed(0)
     model = Normed()
-    mean = MeanModel(model, decay=0.75)
+    mean = MeanModel(model)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.rand_like(parameter))
         model.train()(TRAIN[0])
-        mean.update()
+        mean.update(0.25)
         for name, value in model.state_dict().items():
             expected[name] = (0.75 * expected[name] + 0.25 * value if value.is_floating_point()
                               else value.clone())
@@ -176,3 +176,103 @@ def test_a_decay_of_zero_is_the_weights_themselves(tmp_path: Path) -> None:
         models.append(ToyModel())
         train(tmp_path / str(ema), models[-1], ema=ema)
     assert torch.equal(models[0].head.weight, models[1].head.weight)
+
+
+# ---------------------------------------------------------------------------- equal mean
+
+EPOCHS = 7
+
+
+def ends_of_epochs(folder: Path, patch: pytest.MonkeyPatch, **options: Any
+                   ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """The checkpoint of a run, and the weights of the model itself after each of its epochs."""
+    ends: list[dict[str, torch.Tensor]] = []
+
+    def note(loop: TrainingLoop, *args: Any) -> None:
+        ends.append({name: value.clone() for name, value in loop.model.state_dict().items()})
+        finish(loop, *args)
+
+    finish = TrainingLoop.finish_epoch
+    patch.setattr(TrainingLoop, "finish_epoch", note)
+    torch.manual_seed(0)
+    train(folder, Normed(), **{"max_epochs": EPOCHS, **options})
+    patch.setattr(TrainingLoop, "finish_epoch", finish)
+    return torch.load(folder / "best.pt", weights_only=True), ends
+
+
+def test_shares_of_epochs_make_an_equal_mean() -> None:
+    found = [share_of_epoch(3, epoch=epoch, max_epochs=EPOCHS) for epoch in range(EPOCHS)]
+    assert found == pytest.approx([1, 1, 1, 1, 1, 1 / 2, 1 / 3])
+
+
+@pytest.mark.parametrize("count", [1, 5, EPOCHS])
+def test_as_many_epochs_are_averaged_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Not one fewer, as published (spec streaming.md, defect 14); counters are not averaged."""
+    stored, ends = ends_of_epochs(tmp_path, monkeypatch, swa=count)
+    assert len(ends) == EPOCHS
+
+    def mean_of_last(number: int, name: str) -> torch.Tensor:
+        return torch.stack([one[name].double() for one in ends[-number:]]).mean(dim=0)
+
+    for name in ("head.weight", "norm.running_mean"):
+        torch.testing.assert_close(stored[name].double(), mean_of_last(count, name),
+                                   rtol=0, atol=1e-6)
+        for wrong in {count - 1, count + 1} & set(range(1, EPOCHS + 1)):
+            assert not torch.allclose(stored[name].double(), mean_of_last(wrong, name), atol=1e-4)
+    assert stored["norm.num_batches_tracked"] == 2 * EPOCHS * len(TRAIN)  # two losses a bag
+
+
+def test_the_equal_mean_leaves_the_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ends = ends_of_epochs(tmp_path / "swa", monkeypatch, swa=3)
+    _, plain = ends_of_epochs(tmp_path / "plain", monkeypatch)
+    torch.testing.assert_close(ends, plain, rtol=0, atol=0)
+
+
+def test_the_equal_mean_is_validated_from_its_first_epoch_on(tmp_path: Path) -> None:
+    """Both are validated and kept; before the first averaged epoch they are one."""
+    tracker = TensorBoardTracker(tmp_path)
+    torch.manual_seed(0)
+    fit(Normed(), TRAIN, VAL, folder=tmp_path, checkpoint=tmp_path / "best.pt", device=CPU,
+        mean_checkpoint=tmp_path / "best_ema.pt", tracker=tracker,
+        options=FitOptions(max_epochs=EPOCHS, lr=0.05, swa=3, test_type="both"))
+    tracker.close()
+    found = read_scalars(tmp_path)
+    own, mean = ([value for _, value in found[f"{stage}/loss"]] for stage in ("val", "val_ema"))
+    assert own[:5] == mean[:5]
+    assert own[5] != mean[5] and own[6] != mean[6]
+    kept = [torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "best_ema.pt")]
+    state = load_state(tmp_path)
+    assert state is not None
+    torch.testing.assert_close(kept, [state.model, state.mean], rtol=0, atol=0)
+    assert not torch.equal(kept[0]["head.weight"], kept[1]["head.weight"])
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_a_killed_run_goes_on_to_the_same_equal_mean(tmp_path: Path, stop_at: int) -> None:
+    """Stopped before the averaged epochs, and between the first and the second of them."""
+
+    class Stop(Exception):
+        pass
+
+    class Interrupted(Normed):
+        left = stop_at * len(TRAIN) + 2
+
+        def losses(self, bag: Any) -> Any:
+            if self.training:
+                self.left -= 1
+                if self.left < 0:
+                    raise Stop
+            return super().losses(bag)
+
+    options: dict[str, Any] = {"max_epochs": EPOCHS, "swa": 3}
+    torch.manual_seed(0)
+    train(tmp_path / "a", Normed(), **options)
+    torch.manual_seed(0)
+    with pytest.raises(Stop):
+        train(tmp_path / "b", Interrupted(), **options)
+    train(tmp_path / "b", Normed(), **options)
+    assert (tmp_path / "a" / "best.pt").read_bytes() == (tmp_path / "b" / "best.pt").read_bytes()

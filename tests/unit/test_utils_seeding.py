@@ -5,7 +5,14 @@ import random
 import numpy as np
 import torch
 
-from utils.seeding import class_balanced_weights, derive_seed, epoch_order, seed_everything
+from utils.distributed import Group
+from utils.seeding import (
+    class_balanced_weights,
+    derive_seed,
+    epoch_order,
+    seed_everything,
+    turns_of,
+)
 
 
 def test_seed_everything_repeats_all_three_generators() -> None:
@@ -40,3 +47,23 @@ def test_weighted_order_balances_classes_and_an_absent_class_does_no_harm() -> N
              for index in epoch_order(100, seed=1, epoch=epoch, weights=weights)]
     assert len(drawn) == 5000
     assert 0.46 < (labels[drawn] == 2).mean() < 0.54
+
+
+def test_turns_count_through_the_whole_order_whoever_reads() -> None:
+    order = [4, 2, 4, 4, 2, 0, 4]
+    assert turns_of(order, range(7)) == {4: [0, 1, 2, 3], 2: [0, 1], 0: [0]}
+    assert turns_of(order, [6, 1, 0]) == {4: [3, 0], 2: [0]}  # in the order of reading
+    assert turns_of(order, []) == {}
+
+
+def test_processes_share_one_balanced_draw() -> None:
+    """No slide's turn is read twice, none is left out, and each share is balanced too."""
+    labels = np.array([0] * 1800 + [1] * 200)
+    order = epoch_order(2000, seed=1, epoch=0, weights=class_balanced_weights(labels))
+    shares = [Group(rank=rank, size=2).share(range(2000)) for rank in range(2)]
+    read = [(index, turn) for share in shares
+            for index, turns in turns_of(order, share).items() for turn in turns]
+    assert len(set(read)) == 2000
+    assert sorted(index for index, _ in read) == sorted(order)
+    for share in shares:
+        assert 0.46 < labels[[order[place] for place in share]].mean() < 0.54

@@ -19,7 +19,7 @@ from utils.storage import read_table
 from wsi_core.coords import PatchCoords, coords_digest, read_coords, write_coords
 from wsi_core.deriving import DerivePlan, derive_slide, derive_slides, prepare
 from wsi_core.hierarchy import Child, child_coords, derive, level_folder, wanted_children
-from wsi_core.patching import PatchPlan
+from wsi_core.patch_plan import PatchPlan
 from wsi_core.presets import DEFAULTS
 from wsi_core.process_list import new_list
 from wsi_core.slide import fingerprint

@@ -12,7 +12,8 @@ from utils.errors import ItemFailed
 from utils.report import Status
 from wsi_core.find_tissue import automatic_level
 from wsi_core.outputs import OutputPlan
-from wsi_core.patching import Left, PatchJob, PatchPlan, find_standing, patch_slide
+from wsi_core.patch_plan import Left, PatchJob, PatchPlan, find_standing
+from wsi_core.patching import patch_slide
 from wsi_core.presets import PatchingParameters
 from wsi_core.slide import open_slide
 
