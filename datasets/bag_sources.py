@@ -69,7 +69,8 @@ def pixel_source(flags: object, *, model_type: str, material: Material,
     """What the flags say of a model that learns from ``material``; None for features.
 
     flags: options that have those of ``PixelSourceOptions`` or more
-    trained: what the images of its training were; --image_size is as there unless it is given
+    trained: what the images of its training were; --image_size and --whole_images are as there
+        unless a size is given
     ``Refused`` when it is not said where the pixels are, and for a flag that does nothing.
     """
     _refuse_idle(flags, model_type=model_type, material=material)
@@ -86,7 +87,9 @@ def pixel_source(flags: object, *, model_type: str, material: Material,
                           "folder slide_images of create_patches_fp.py --slide_images, or give "
                           "--data_slide_dir and --image_mpp to read slides themselves")
         if place["image_size"] is None:
-            place["image_size"] = (trained or {}).get("image_size", 0)
+            known = trained or {}
+            place["image_size"] = known.get("image_size", 0)
+            place["whole_images"] |= known.get("whole_images", False)
     draws = _DRAWS[material]
     own = all(hasattr(flags, item.name) for item in fields(draws))
     return PixelSource(material=material, place=place, draws=pick(draws, flags) if own else {})

@@ -44,7 +44,8 @@ class CohortOptions:
     child_dirs: tuple[Path, ...] = option((), help="feature folders of the finer levels, instead "
                                           "of --child_levels")
     cache: CacheMode = option("auto", help="keep features in memory")
-    allow_missing: bool = option(False, help="go on without slides that have no features")
+    allow_missing: bool = option(False, help="go on without slides that have no features (or "
+                                 "patches, or image)")
     allow_shared_patients: bool = option(False, help="accept splits that divide a patient's slides")
     val_is_test: bool = option(False, help="legacy protocol: the test slides are the validation "
                                "slides too, which makes the figures optimistic; reports say so")

@@ -45,7 +45,8 @@ class SlideOptions:
     splits_dir: Path | None = option(None, help="folder with splits_{k}.csv (default: the models')")
     feature_encoder: str | None = option(None, help="which features, where a folder holds those "
                                          "of several encoders")
-    allow_missing: bool = option(False, help="go on without slides that have no features")
+    allow_missing: bool = option(False, help="go on without slides that have no features (or "
+                                 "patches, or image)")
     allow_shared_patients: bool = option(False, help="accept splits that divide a patient's slides")
     child_levels: tuple[int, ...] = option(
         (), low=0, high=127, help="finer levels of hag_mil, coarse to fine (default: those of the "

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -50,13 +50,14 @@ class SlideInfo(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreCheck:
-    """What ``FeatureStore.check`` found. Slides keep their order.
+    """What ``FeatureStore.check``, or that of another store, found. Slides keep their order.
 
     usable: slides to work with; empty: no patches; missing: no file; failures: slide -> reason
     rows: patches of each usable slide; width: D; n_bytes: as float32
     encoder: the record that all share, None when unknown
     notes: one line each for the run's summary
     levels: the same of each finer level, coarse to fine, over the same slides
+    kind: what bags are made of
     """
 
     usable: tuple[str, ...]
@@ -69,11 +70,12 @@ class StoreCheck:
     n_bytes: int
     notes: tuple[str, ...] = ()
     levels: tuple[StoreCheck, ...] = ()
+    kind: Literal["features", "patches", "image"] = "features"
 
     def left_out(self) -> dict[str, str]:
         """Slides that a run goes on without, by permission or by nature, with the reason."""
         return {**dict.fromkeys(self.empty, "no patches"),
-                **dict.fromkeys(self.missing, "no features (--allow_missing)")}
+                **dict.fromkeys(self.missing, f"no {self.kind} (--allow_missing)")}
 
 
 @dataclass

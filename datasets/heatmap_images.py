@@ -112,9 +112,7 @@ def direct_mpp(asked: StreamingArguments, trained: Mapping[str, Any]) -> float |
     """
     if asked.slide_images is not None:
         return None
-    exact = {one.get("image_mpp") for one in trained.get("parameters") or []} - {None}
-    scales = [asked.image_mpp] if asked.image_mpp is not None else sorted(
-        exact or trained.get("mpp_um") or [])
+    scales = [asked.image_mpp] if asked.image_mpp is not None else trained.get("mpp_um") or []
     if len(scales) != 1:
         raise Refused("streaming_arguments: give slide_images, or image_mpp: the checkpoint does "
                       "not tell one scale of its images "
@@ -156,6 +154,10 @@ class ImageMaps(SlideFiles):
             raise ItemFailed(f"{item.slide_id}: its image in {folder} is one of a slide of "
                              f"{record.slide_size[0]} x {record.slide_size[1]} px, "
                              f"{item.slide_path} has {size[0]} x {size[1]}: make it again")
+        n_bytes = fingerprint(item.slide_path)["slide_bytes"]
+        if (known := record.slide.get("slide_bytes")) != n_bytes:
+            raise ItemFailed(f"{item.slide_id}: its image in {folder} is one of a slide of {known} "
+                             f"bytes, {item.slide_path} has {n_bytes}: make it again")
         return record
 
     def _frame(self, record: ImageRecord | None) -> Frame:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from datasets.bags import TableBags
 from datasets.epoch_draws import EpochDraws
 from datasets.image_augment import Augmentation, ImageView
@@ -78,8 +80,9 @@ class ImageBags(TableBags):
         """See ``TableBags``."""
         import torch
 
+        rng = self._random.generator(slide_id) if self._for_training else None
         stored = self.store.open_image(slide_id)
-        image = self._drawn(stored, slide_id) if self._for_training else self._same(stored)
+        image = self._same(stored) if rng is None else self._drawn(stored, rng)
         return Bag(slide_id=slide_id, features=torch.empty(1, 0), image=image,
                    **self.truth_of(slide_id))
 
@@ -90,9 +93,9 @@ class ImageBags(TableBags):
                              side_px=side) if side else (0, 0)
         return self._view(stored, origin, side)
 
-    def _drawn(self, stored: StoredImage, slide_id: str) -> SlideImage:
+    def _drawn(self, stored: StoredImage, rng: np.random.Generator) -> SlideImage:
         """What training sees this time."""
-        rng, side = self._random.generator(slide_id), self.store.image_size
+        side = self.store.image_size
         origin = draw_crop(stored.tissue, cell_px=stored.cell_px, size_px=stored.size_px,
                            side_px=side, rng=rng) if side else (0, 0)
         view = self._view(stored, origin, side)

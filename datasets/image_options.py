@@ -19,17 +19,17 @@ class ImageSourceOptions:
     """
 
     slide_images: Path | None = option(
-        None, help="streaming: folder slide_images/ of create_patches_fp.py --slide_images; or "
-        "give --image_mpp")
+        None, help="streaming: folder slide_images/ that create_patches_fp.py --slide_images made; "
+        "or give --image_mpp and --data_slide_dir")
     image_mpp: float | None = option(
         None, help="streaming: um per px at which slides in --data_slide_dir are read themselves; "
         "their tissue is found and packed when they are opened", low=0.05, high=100)
     image_size: int | None = option(
         None, help="streaming: side in px of the square that is seen of each image: in training "
-        "drawn anew in each epoch, where there is tissue; in evaluation where there is most; 0 = "
-        "all of it (default: 0; eval.py: as in training)", low=0)
+        "drawn anew in each epoch, where there is tissue; in evaluation the one with most; 0 = "
+        "whole images (default: 0; eval.py: as in training, --whole_images too)", low=0)
     whole_images: bool = option(
-        False, help="streaming: evaluate on whole images, whatever --image_size")
+        False, help="streaming: validate, test and evaluate on whole images, whatever --image_size")
     data_slide_dir: Path | None = option(None, help="folder with the slides")
     slide_ext: str = option(".svs", help="extension of the slide files")
     num_workers: int = option(2, help="e2e, streaming: threads that read pixels", low=1)
@@ -46,7 +46,7 @@ class ImageAugmentOptions:
                                  "images, as the next five say")
     max_rotation: float = option(180.0, help="streaming: largest rotation, degrees", low=0,
                                  high=180)
-    image_flips: bool = option(True, help="streaming: no flips")
+    image_flips: bool = option(True, help="streaming: --image_augment without flips")
     colour_jitter: float = option(
         0.05, help="streaming: lightness and chroma change by up to this share, the hue by up to "
         "this many radians", low=0, high=1)

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from utils.errors import BrokenFile, ItemFailed
+from utils.errors import BrokenFile, ItemFailed, SlideError
 from utils.storage import safe_id
 from wsi_core.find_tissue import MIN_AREA_UM2, MIN_HOLE_UM2, TissueSearch
 from wsi_core.image_layout import image_frame
 from wsi_core.image_record import ImageRecord, read_record
 from wsi_core.packing import READ_CACHE_MB, PackedSlide, SlidePicture, open_packed
-from wsi_core.scale import unknown_mpp
-from wsi_core.slide import open_slide, slide_entries
+from wsi_core.slide import fingerprint, open_slide, slide_entries
 from wsi_core.slide_images import (
     image_path,
     image_there,
@@ -122,8 +121,13 @@ class PreparedImages:
         return Layout(record, read_tissue_map(self.root, record))
 
     def open(self, slide_id: str, layout: Layout) -> SlidePicture:
-        """See ``ImageSource``."""
-        return open_image(self.root, slide_id, cache_mb=_CACHE_MB)
+        """See ``ImageSource``; ``BrokenFile`` when it was made anew since its layout was read."""
+        picture = open_image(self.root, slide_id, cache_mb=_CACHE_MB)
+        if picture.record != layout.record:
+            picture.close()
+            raise BrokenFile(f"{slide_id}: its image in {self.root} was made anew while it was "
+                             "used: run the same command again")
+        return picture
 
     def _record(self, slide_id: str) -> ImageRecord:
         path, image, tissue = self.files(slide_id)
@@ -171,7 +175,9 @@ class DirectSlides:
         """See ``ImageSource``; ``ItemFailed`` for an unknown pixel size or a slide too coarse."""
         with open_slide(self.files(slide_id)[0]) as slide:
             if slide.mpp_um is None:
-                raise ItemFailed(unknown_mpp(slide))
+                why = slide.mpp_problem or "the file gives none"
+                raise ItemFailed(f"{slide.path}: pixel size unknown ({why}): make images with "
+                                 "create_patches_fp.py --slide_images, which can be told it")
             frame = image_frame(slide, self.image_mpp, slide.mpp_um)
         return ImageFacts(mpp_um=frame.mpp_um, size_px=None,
                           parameters={"image_mpp": self.image_mpp})
@@ -182,6 +188,10 @@ class DirectSlides:
             return Layout(packed.record, packed.tissue_map)
 
     def open(self, slide_id: str, layout: Layout) -> SlidePicture:
-        """See ``ImageSource``; the tissue is not looked for again."""
-        return PackedSlide(open_slide(self.files(slide_id)[0], cache_mb=READ_CACHE_MB),
-                           layout.record, layout.tissue, cache_mb=_CACHE_MB)
+        """See ``ImageSource``; the tissue is not looked for again. ``SlideError`` when the slide
+        was replaced since."""
+        path = self.files(slide_id)[0]
+        if fingerprint(path) != layout.record.slide:
+            raise SlideError(f"{path}: was replaced while it was used: run the same command again")
+        return PackedSlide(open_slide(path, cache_mb=READ_CACHE_MB), layout.record, layout.tissue,
+                           cache_mb=_CACHE_MB)

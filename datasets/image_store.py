@@ -55,7 +55,7 @@ class ImageStore:
     _layouts: dict[str, Layout] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="images")
         self._own = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class ImageStore:
         return StoreCheck(
             usable=tuple(self._seen), empty=(), missing=tuple(missing), failures=failures,
             rows=dict.fromkeys(self._seen, 1), width=0, encoder=None, n_bytes=0,
-            notes=tuple(self._notes(missing, set(table_ids or slide_ids))))
+            kind="image", notes=tuple(self._notes(missing, set(table_ids or slide_ids))))
 
     def _notes(self, missing: Sequence[str], known: set[str]) -> Iterator[str]:
         """One line for each thing that is allowed but worth knowing."""
@@ -188,8 +188,6 @@ class ImageStore:
         Each takes a run of items: blocks that lie side by side share tiles of the file, which a
         thread decodes once.
         """
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="images")
         items = list(items)
         length = max(1, -(-len(items) // self.num_workers))
 
@@ -273,8 +271,9 @@ def _slides(image_mpp: float | None, slide_dir: Path | None, slide_ext: str) -> 
 
 
 def _scales(found: Iterable[ImageFacts]) -> list[float]:
-    """um per px, to two digits: whole pixels meet a wanted scale only about."""
-    return sorted({float(f"{one.mpp_um:.2g}") for one in found})
+    """um per px as they were asked for: whole pixels, and levels that are taken as they are, meet
+    them only about, and no rounding makes the same of all."""
+    return sorted({float(one.parameters.get("image_mpp", one.mpp_um)) for one in found})
 
 
 def _check_scales(seen: dict[str, ImageFacts]) -> None:

@@ -105,7 +105,7 @@ class PatchStore:
         return StoreCheck(
             usable=tuple(usable), empty=tuple(empty), missing=tuple(lacking), failures=failures,
             rows={slide: high[slide].count + (low[slide].count if low else 0) for slide in usable},
-            width=0, encoder=None, n_bytes=0,
+            width=0, encoder=None, n_bytes=0, kind="patches",
             notes=_notes(self.root, empty=empty, missing=list(lacking), extra=extra, bare=[
                 slide for slide in usable if low and not low[slide].count], seen=self._seen))
 

@@ -180,15 +180,22 @@ def load_table(task: Task) -> SlideTable:
 
 
 def _read(task: Task) -> tuple[pd.DataFrame, list[str]]:
-    """The csv as it is, or, when it has two columns of other names, with ours, and a note."""
+    """The csv as it is, or, when it has two columns of other names, with ours, and a note.
+
+    ``Refused`` when it has no header: its first slide would be taken for one, and lost.
+    """
     table = read_table(task.csv_path, what="csv")
     given = label_column(list(table.columns), task)
     if not given:
         return table, []
-    what = "label"
-    if task.task_type == "multilabel":
-        _check_rows(table, task.csv_path, given, label_set_fault(task))
-        what = "labels, numbered as in --label_cols"
+    sets = task.task_type == "multilabel"
+    fault = label_set_fault(task) if sets else cell_faults(task)[task.truth_columns[0]]
+    if not fault(given) or given in task.ignore:
+        raise Refused(f"csv {task.csv_path} has no header: its first line, {table.columns[0]} and "
+                      f"{given}, is a slide: put the line slide_id,label above it")
+    if sets:
+        _check_rows(table, task.csv_path, given, fault)
+    what = "labels, numbered as in --label_cols" if sets else "label"
     return with_own_columns(table, task), [
         f"csv {task.csv_path} has two columns: '{table.columns[0]}' is taken for the slide and "
         f"'{given}' for its {what}"]

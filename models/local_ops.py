@@ -33,12 +33,14 @@ class Map:
 
 @dataclass(frozen=True)
 class Window:
-    """A call that looks beyond single positions."""
+    """A call that looks beyond single positions, or takes numbers; none may depend on the size of
+    the image."""
 
     layer: str
     function: str
-    rows: Axis
-    columns: Axis
+    rows: Axis = SAME
+    columns: Axis = SAME
+    numbers: tuple[float, ...] = ()
 
     def refuse(self, reason: str) -> NoReturn:
         """``Refused`` by the name of the layer."""
@@ -71,7 +73,7 @@ class Call:
 
     def refuse(self, reason: str) -> NoReturn:
         """``Refused`` by the name of the layer."""
-        Window(self.layer, self.function, SAME, SAME).refuse(reason)
+        Window(self.layer, self.function).refuse(reason)
 
     def require(self, fine: bool, reason: str) -> None:
         """``refuse`` unless fine."""
@@ -169,6 +171,10 @@ def _pad(call: Call) -> Map:
 
 def _pointwise(call: Call) -> Map:
     """Joins its maps; other tensors must be the same at every position."""
+    numbers = tuple(one for one in (*call.args, *call.kwargs.values())
+                    if isinstance(one, int | float) and not isinstance(one, bool))
+    if numbers:
+        call.windows.append(Window(call.layer, call.function, numbers=numbers))
     joined = call.maps[0]
     for other in call.maps[1:]:
         call.require(joined.order == other.order and joined.rows.stride == other.rows.stride

@@ -99,7 +99,8 @@ def locality_of(module: nn.Module, *, channels: int, name: str = "") -> Locality
     for other in others:
         for one, same in zip_longest(first.windows, other.windows):
             if one != same:
-                (one or same).refuse("its window or padding depends on the size of the image")
+                (one or same).refuse(
+                    "its window, padding or number depends on the size of the image")
     return Locality(first.found.rows, first.found.columns, channels, first.out_channels)
 
 

@@ -136,23 +136,26 @@ class StreamingOptions:
 
     head: Literal["max", "mean", "gated_attention"] = option(
         "max", help="what follows the network (streaming): the maximum (as published) or mean of "
-        "each channel and a linear layer; attention over the positions, which heatmaps show")
+        "each channel and a linear layer; or attention over the positions, which heatmaps show")
     train_part: Literal["head", "last_stage", "all"] = option(
         "all", help="what is trained (streaming): the head, the last stage of the network as well, "
-        "or everything")
+        "or everything; the rest runs once, without a graph")
     cut: str | None = option(
         None, help="last stage of the network that is streamed, by its name in timm, layer3 for "
-        "example (streaming); the others see the whole map at once (default: all are streamed)")
+        "example (streaming); later ones see the whole map at once (default: all are streamed)")
     tile_size: int = option(
-        0, help="side of a tile in px of the image (streaming), 0 = by the memory there is", low=0)
+        0, help="side of a tile of the image in px (streaming), rounded up to a legal one; 0 = by "
+        "the memory there is", low=0)
     store_maps: Literal["auto", "none", "all"] = option(
-        "auto", help="maps between the stages (streaming): kept, which saves computing the borders "
-        "of tiles again, not kept, or as far as the memory goes")
+        "auto", help="maps between the stages (streaming): held as far as memory goes (auto), at "
+        "each stage (all: the borders of tiles are computed again least), or not at all (none: "
+        "memory does not grow with the image)")
     stream_memory: float = option(
-        0.0, help="memory for a training step in GB (streaming), 0 = most of what is free", low=0)
+        0.0, help="memory for a training step in GB (streaming), of each fold with --fold_workers; "
+        "0 = of what is free, half on a CPU, four fifths on a GPU", low=0)
     skip_constant: bool = option(
-        True, help="compute every tile of empty glass, instead of one for all (streaming); the "
-        "result is the same")
+        True, help="compute every tile of one colour, instead of one for all (streaming); slower, "
+        "the same result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,8 @@ class PretrainedOptions:
     no_enc_pt: bool = option(False, help="start the encoder (e2e, streaming) from random weights")
     mil_init: Path | None = option(
         None, help="checkpoint that the slide model starts from, or a folder with one a fold: a "
-        "two-stage training on the same splits, for an e2e model of the same kind")
+        "two-stage training on the same splits, for an e2e model of the same kind; for a streaming "
+        "model its head")
 
 
 MODEL_OPTIONS: dict[str, type] = {

@@ -38,8 +38,8 @@ from utils.memory import available_memory_bytes, give_back_freed_memory
 StoreMaps = Literal["auto", "none", "all"]
 Window = tuple[slice, slice]
 
-# Of the memory that is free; the rest is for the optimiser, for everybody else, and on a CPU for the
-# pieces between blocks, which are up to half as much as the blocks.
+# Of the memory that is free; the rest is for the optimiser, for everybody else, and on a CPU for
+# what lies between blocks in use, up to half as much as they are.
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8
 _FLOP_PER_BYTE = 130  # saved for the backward pass; a CPU and a GPU of today are near each other
 _FLOP_PER_TILE = 1e8  # and step, spent on starting it
@@ -69,7 +69,8 @@ def free_memory(device: torch.device) -> int:
     together by ``torchrun`` share the memory of a CPU.
     """
     if device.type != "cuda":
-        return int(_CPU_SHARE * available_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return int(_CPU_SHARE * available_memory_bytes() / processes)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
@@ -88,10 +89,10 @@ def run_groups(groups: Sequence[Group], source: Tensor | ImageTiles, *, skip_con
     source: as ``plan_groups`` was told, a map (B, C, h, w) or an image read tile by tile
     gradient_sink: gets (window, gradient of the prepared image in it) in the backward pass
     """
-    if torch.is_grad_enabled() and any(group.plan for group in groups):
-        give_back_freed_memory()  # what the image before has left, in other pieces
     x = source
     for group in groups:
+        if torch.is_grad_enabled() and (group.plan or x is not source):
+            give_back_freed_memory()  # what another group has left, in other pieces
         sink = gradient_sink if x is source else None
         if group.plan is not None:
             x = stream(group.steps, x, group.plan, skip_constant=skip_constant, gradient_sink=sink)
@@ -115,7 +116,7 @@ def _whole(source: Tensor | ImageTiles, sink: Callable[[Window, Tensor], None] |
         x = source.prepare(source.read(window))
     if sink is not None and torch.is_grad_enabled():
         everything = (slice(0, x.shape[-2]), slice(0, x.shape[-1]))
-        x = x.detach().requires_grad_()
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         x.register_hook(lambda gradient: sink(everything, gradient))
     return x
 
@@ -123,7 +124,7 @@ def _whole(source: Tensor | ImageTiles, sink: Callable[[Window, Tensor], None] |
 def plan_groups(
     steps: Sequence[Step], size: tuple[int, int], *, batch: int = 1, budget_bytes: int,
     tile_size: int = 0, store_maps: StoreMaps = "auto", n_frozen: int = 0, grad: bool,
-    bytes_per_value: int = 4, boundaries: Sequence[int],
+    bytes_per_value: int = 4, map_bytes_per_value: int = 0, boundaries: Sequence[int],
 ) -> list[Group]:
     """The groups and tiles for an image of ``size`` (h, w) that compute least within the memory.
 
@@ -134,10 +135,12 @@ def plan_groups(
         image, but for its map; "all" a map at each boundary, up to steps that are held
     n_frozen: the first steps get no gradient, and need no second pass
     grad: False: nothing gets gradient, one pass does
+    bytes_per_value: inside of the steps; map_bytes_per_value: of the maps between them, 0 = as many
     boundaries: after so many steps a map may be held (the ends of stages)
     ``Refused`` when not even the smallest tiles fit, with the memory that would do.
     """
-    cost = _Costs(list(steps), size, batch, n_frozen if grad else len(steps), bytes_per_value)
+    cost = _Costs(list(steps), size, batch, n_frozen if grad else len(steps), bytes_per_value,
+                  map_bytes_per_value or bytes_per_value)
     places = sorted({place for place in (*boundaries, n_frozen) if 0 < place < len(steps)})
     best: tuple[float, list[_Choice]] | None = None
     least = math.inf
@@ -225,9 +228,9 @@ class _Costs:
     gradient."""
 
     def __init__(self, steps: list[Step], size: tuple[int, int], batch: int, n_frozen: int,
-                 bytes_per_value: int) -> None:
+                 bytes_per_value: int, map_bytes_per_value: int) -> None:
         self.steps, self.batch, self.n_frozen = steps, batch, n_frozen
-        self.value_bytes = bytes_per_value
+        self.value_bytes, self.map_value_bytes = bytes_per_value, map_bytes_per_value
         self.lengths = [_lengths([_one_axis(step, axis) for step in steps], size[axis])
                         for axis in (0, 1)]
         costs = [cost_of(step) for step in steps]
@@ -286,7 +289,7 @@ class _Costs:
             return 0.0
         channels = self.steps[place - 1].locality.out_channels
         rows, columns = (lengths[place] for lengths in self.lengths)
-        return float(rows * columns * channels * self.batch * self.value_bytes)
+        return float(rows * columns * channels * self.batch * self.map_value_bytes)
 
     def _tilings(self, start: int, end: int, tile_size: int) -> _Tilings:
         """All numbers of rows and of columns of tiles; those of one side where that is given."""

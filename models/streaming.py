@@ -6,7 +6,7 @@ graph, and takes the gradient of its own block to the weights and the input. The
 blocks is the gradient of one graph over the whole image, for every parameter. Memory is that of one
 tile, the map, and the gradient of the source where it is a map that wants one.
 Source: Pinckaers, van Ginneken, Litjens, "Streaming convolutional neural networks for end-to-end
-learning with multi-megapixel images", IEEE TPAMI 2020; with disjoint blocks in place of its
+learning with multi-megapixel images", IEEE TPAMI 2022; with disjoint blocks in place of its
 overlapping ones (``models.stream_tiles``), so that no layer needs a backward pass of its own.
 """
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.locality import Locality, Step, compose
 from models.shared_masks import SharedMasks
@@ -62,7 +63,8 @@ def stream(
     depth, dropout of channels) are drawn once for the image, see ``models.shared_masks``, where a
     pass over the undivided image gets the same. Elementwise dropout is drawn tile by tile, so it
     depends on the plan, and constant tiles are then computed. Both passes see the same masks.
-    ``ValueError`` where the plan is not one for these steps and this source.
+    ``ValueError`` where the plan is not one for these steps and this source, and where a batch norm
+    was put into training mode: its statistics would be of a tile.
     """
     _check(steps, source, plan)
     module = nn.ModuleList([step.module for step in steps])
@@ -338,6 +340,9 @@ def _check(steps: Sequence[Step], source: Source, plan: TilePlan) -> None:
     if ((plan.out_size, plan.out_channels, len(plan.tiles[0].crops))
             != (whole.output_size(plan.in_size), whole.out_channels, len(steps))):
         raise ValueError("stream: the plan was made for other steps")
+    for step in steps:
+        if any(one.training for one in step.module.modules() if isinstance(one, _BatchNorm)):
+            raise ValueError(f"stream: step {step.name} has a batch norm in training mode")
     expected = steps[0].locality.in_channels
     if channels != expected:
         raise ValueError(f"stream: step {steps[0].name} takes {expected} channels, the source has "

@@ -37,15 +37,17 @@ from models.streaming_stages import (
     modules_of,
     split_stages,
 )
+from models.two_pass import Replay
 from utils.contracts import Bag, SlideImage, SlideModel, SlideOutput, StepLoss
 from utils.errors import ItemFailed, Refused
+from utils.replay import kept_random
 
 if TYPE_CHECKING:
     from models.slide_models import SlideModelSpec
     from models.streaming import GradientSink
 
 TrainPart = Literal["head", "last_stage", "all"]
-_PROBE_PX = 64  # side of the image that tells the width of a map
+_PROBE_PX = 64  # side of the image (map) that tells the width (stride) of what is made of it
 _MOST_PLANS = 16  # remembered: slides of a cohort may all be of other sizes, and a plan has MBs
 _GB = 10**9
 _PROBED: set[tuple[str, str | None]] = set()  # networks, with their cut, found as local as said
@@ -144,10 +146,9 @@ class StreamingCNN(nn.Module):
         reach = compose(self._steps)
         self.centre_px = tuple((axis.reach_after - axis.reach_before + 1) / 2
                                for axis in (reach.columns, reach.rows))
-        probe_px = 64  # for a stage that sees a whole map
-        self.stride = reach.rows.stride * probe_px // map_size(
-            self._held, (probe_px, probe_px), channels=reach.out_channels)[0]
-        self._budget_bytes = round(self.stream_memory * _GB)
+        self.stride = reach.rows.stride * _PROBE_PX // map_size(
+            self._held, (_PROBE_PX, _PROBE_PX), channels=reach.out_channels)[0]
+        self._budgets_bytes: dict[torch.device, int] = {}
         self._plans: dict[tuple[Any, ...], list[Group]] = {}
 
     def probe(self) -> None:
@@ -220,7 +221,7 @@ class StreamingCNN(nn.Module):
         like = next(self.encoder.parameters())
         kind = like.device.type
         number = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-        key = (size, n_frozen, number)
+        key = (size, n_frozen, number, like.device)
         if key in self._plans:
             return self._plans[key]
         modules = [step.module for step in self._steps]
@@ -229,18 +230,38 @@ class StreamingCNN(nn.Module):
         except ValueError as error:
             raise ItemFailed(f"{slide_id}: an image of {size[1]} x {size[0]} px is too small for "
                              f"the network ({error})") from None
-        self._budget_bytes = self._budget_bytes or free_memory(like.device)
         graph = n_frozen is not None and n_frozen < len(self._steps)
         held_learns = n_frozen is not None and n_frozen < len(self._steps) + len(self._held)
         beside = self._held_bytes(size, number.itemsize) if held_learns else 0
         while len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
         self._plans[key] = plan_groups(
-            self._steps, size, budget_bytes=max(0, self._budget_bytes - beside),
+            self._steps, size, budget_bytes=max(0, self._budget_bytes(like.device) - beside),
             tile_size=self.tile_size, store_maps=self.store_maps, grad=graph,
             n_frozen=min(n_frozen or 0, len(self._steps)), bytes_per_value=number.itemsize,
-            boundaries=self._boundaries)
+            map_bytes_per_value=self._map_value_bytes(), boundaries=self._boundaries)
         return self._plans[key]
+
+    def _budget_bytes(self, device: torch.device) -> int:
+        """For an image: what was asked for, or is free on ``device`` when its first image comes."""
+        if device not in self._budgets_bytes:
+            self._budgets_bytes[device] = round(self.stream_memory * _GB) or free_memory(device)
+        return self._budgets_bytes[device]
+
+    def _map_value_bytes(self) -> int:
+        """Of a number of the maps. Under autocast too some are float32, a sum with what has gone
+        through a layer scale for example: seen on an image of a few px."""
+        like = next(self.encoder.parameters())
+        if not torch.is_autocast_enabled(like.device.type):
+            return like.element_size()
+        x = like.new_zeros(1, 3, _PROBE_PX, _PROBE_PX)
+        most = 0
+        as_streamed = Replay(module=self.encoder, device=like.device).first()
+        with torch.no_grad(), kept_random(like.device), as_streamed:
+            for step in self._steps:
+                x = step.module(x)
+                most = max(most, x.element_size())
+        return most
 
     def _held_bytes(self, size: tuple[int, int], bytes_per_value: int) -> int:
         """What the graph of the stages after the cut takes."""

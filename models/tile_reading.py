@@ -84,7 +84,7 @@ class TileReader:
         else:
             pixels = self.source.read(window)
             if self.device.type == "cuda" and not pixels.is_pinned():
-                pixels = pixels.pin_memory()
+                pixels = pixels.contiguous().pin_memory()  # of a view, all that lies in between
             pixels = pixels.movedim(-1, 0)
         inside = all(part.start > 0 and part.stop < size
                      for part, size in zip(window, self.plan.in_size, strict=True))

@@ -49,8 +49,8 @@ class FitOptions:
         None, help="decay of a running mean of the weights, which is validated, tested and saved",
         low=0, high=0.999999)
     swa: int | None = option(
-        None, help="another running mean: the equal mean of the weights at the ends of the last so "
-        "many epochs (before them it is the weights themselves)", low=1)
+        None, help="instead of --ema: the equal mean of the weights at the ends of the last so "
+        "many epochs, which is validated, tested and saved (before them: the weights)", low=1)
     test_type: Literal["main", "ema", "both", "both_ema"] | None = option(
         None, help="weights that are validated, tested and saved: the model's own, their running "
         "mean (ema: that of --ema or --swa), or both, where early stopping goes by the first "

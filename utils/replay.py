@@ -46,11 +46,16 @@ def kept_random(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(module: torch.nn.Module) -> Iterator[None]:
-    """What a forward pass inside does to buffers (running statistics) is undone."""
+    """What a forward pass inside does to buffers (running statistics) is undone.
+
+    Those that it leaves as they are, as batch norms in eval mode do, are not written to: a graph
+    that has saved them is still good.
+    """
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, before in kept:
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

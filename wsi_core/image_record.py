@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def read_record(path: Path) -> ImageRecord:
             "cell_px": int(values["cell_px"]), "parameters": dict(values["parameters"]),
             "slide": dict(values["slide"]), "image_bytes": int(values["image_bytes"])})
         problem = _problem(record)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise BrokenFile(f"{path} is no record of a slide image ({error!r})") from None
     if problem:
         raise BrokenFile(f"{path} has values that make no sense ({problem})")
@@ -108,11 +109,15 @@ def read_record(path: Path) -> ImageRecord:
 def _problem(record: ImageRecord) -> str:
     """What cannot be true of a record, "" when all can."""
     sizes = (*record.size_px, *record.slide_size, *record.frame_px, record.cell_px)
-    if min(sizes) < 1 or min(record.mpp_um, *record.slide_mpp_um) <= 0:
-        return "a size or scale of 0"
+    if min(sizes) < 1 or not all(0 < um < inf for um in (record.mpp_um, *record.slide_mpp_um)):
+        return "a size or scale of 0, or none"
+    if not record.boxes:
+        return "no piece of the slide"
     width, height = record.size_px
     for box in record.boxes:
         if (min(box.x, box.y) < 0 or min(box.width, box.height) < 1
                 or box.x + box.width > width or box.y + box.height > height):
             return f"a piece at {tuple(box[:4])} of an image of {width} x {height} px"
+        if not (all(map(isfinite, box)) and min(box.width_l0, box.height_l0) > 0):
+            return f"a piece at {tuple(box[4:])} of the slide"
     return ""

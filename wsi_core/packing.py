@@ -27,6 +27,7 @@ from wsi_core.scaled_slide import ScaledSlide
 from wsi_core.slide import WHITE, Slide, fingerprint, open_slide
 
 READ_CACHE_MB = 64  # of the slide's own decoded tiles, beside finished cells
+GAP_UM = 16.0  # side of the smallest square that is black for want of scanning; no nucleus is
 
 
 class SlidePicture(Protocol):
@@ -85,7 +86,8 @@ class PackedSlide(SlidePicture):
     def __init__(self, slide: Slide, record: ImageRecord, tissue_map: np.ndarray, *,
                  cache_mb: float = 128) -> None:
         self.record, self.tissue_map, self._slide = record, tissue_map, slide
-        self._scaled = ScaledSlide(slide, record.frame_px, fill_black=True, cache_mb=cache_mb)
+        self._scaled = ScaledSlide(slide, record.frame_px, cache_mb=cache_mb,
+                                   gap_px_l0=2 * GAP_UM / sum(record.slide_mpp_um))
         x, y = (side / full for side, full in zip(record.frame_px, record.slide_size, strict=True))
         self._offsets = [(round(box.x_l0 * x) - box.x, round(box.y_l0 * y) - box.y)
                          for box in record.boxes]  # from px of the image to px of the whole slide

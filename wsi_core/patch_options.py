@@ -110,9 +110,10 @@ class OutputOptions:
         "jpeg", help="encoding of patches in the LMDB (jpeg420: colours at half the resolution; "
         "webp: lossless)")
     slide_images: float | None = option(
-        None, low=0.05, high=100, help="um per pixel of an image of the tissue of each slide, its "
-        "pieces packed together, into slide_images/: for streaming models")
-    keep_gaps: bool = option(False, help="leave the glass between the pieces in --slide_images")
+        None, low=0.05, high=100, help="write the tissue of each slide as one image of so many um "
+        "per pixel, its pieces packed together, into slide_images/ (for streaming models)")
+    keep_gaps: bool = option(False, help="leave the pieces in --slide_images where they are, with "
+                             "the glass between them")
     lossless_images: bool = option(False, help="zlib instead of JPEG in --slide_images: exact, "
                                    "several times larger")
     jpeg_quality: int = option(90, low=1, high=100, help="of saved and packed JPEG patches and of "

@@ -22,7 +22,8 @@ BLACK_BELOW = 30  # sum of R, G and B of what a scanner left out (spec streaming
 class ScaledSlide:
     """The whole of an open slide as a picture of ``size_px`` (w, h).
 
-    fill_black: what the scanner left black becomes white, before resizing
+    gap_px_l0: what the scanner left black becomes white, before resizing: squares of that side,
+        level-0 px, that are black all over (dark nuclei have none); 0 = nothing
     cell_px: side of a cell, made smaller where its pixels of the level would be too many to read
     cache_mb: of finished cells that are kept
 
@@ -30,13 +31,14 @@ class ScaledSlide:
     caller's to close.
     """
 
-    def __init__(self, slide: Slide, size_px: tuple[int, int], *, fill_black: bool = False,
+    def __init__(self, slide: Slide, size_px: tuple[int, int], *, gap_px_l0: float = 0.0,
                  cell_px: int = CELL_PX, cache_mb: float = 128) -> None:
         full = slide.level_dimensions[0]
         downsample = sum(side / out for side, out in zip(full, size_px, strict=True)) / 2
-        self.slide, self.size_px, self._fill_black = slide, size_px, fill_black
+        self.slide, self.size_px, self._gap_px_l0 = slide, size_px, gap_px_l0
         self.level = best_level(slide, downsample)
         level_size = slide.level_dimensions[self.level]
+        self._level_downsample = sum(slide.level_downsamples[self.level]) / 2  # as OpenSlide counts
         self._factors = [side / out for side, out in zip(level_size, size_px, strict=True)]
         while cell_px > 1 and cell_px * max(self._factors) > BLOCK_PX:
             cell_px //= 2
@@ -85,21 +87,47 @@ class ScaledSlide:
         width, height = (end - start for start, end in edges)
         (x, x_end), (y, y_end) = ([round(edge * factor) for edge in pair]
                                   for pair, factor in zip(edges, self._factors, strict=True))
-        scale = sum(self.slide.level_downsamples[self.level]) / 2  # as OpenSlide counts
-        block = self.slide.read_region((int(x * scale), int(y * scale)), self.level,
-                                       (max(1, x_end - x), max(1, y_end - y)), background=WHITE)
-        if self._fill_black:
-            whiten_black(block)
+        block = self._read_level(x, y, max(x + 1, x_end), max(y + 1, y_end))
+        if self._gap_px_l0 and is_black(block).any():
+            self._whiten_gaps(block, x, y)
         if block.shape[:2] == (height, width):
             return block
         return np.asarray(cv2.resize(block, (width, height), interpolation=cv2.INTER_AREA))
 
 
-def whiten_black(rgb: np.ndarray) -> None:
-    """Make pixels white, in place, whose R, G and B add up to less than ``BLACK_BELOW``."""
+    def _read_level(self, x: int, y: int, x_end: int, y_end: int) -> np.ndarray:
+        """Pixels of the level from (x, y) to before (x_end, y_end), px of it."""
+        location_l0 = int(x * self._level_downsample), int(y * self._level_downsample)
+        return self.slide.read_region(location_l0, self.level, (x_end - x, y_end - y),
+                                      background=WHITE)
+
+    def _whiten_gaps(self, block: np.ndarray, x: int, y: int) -> None:
+        """Make white, in place, what of a block at (x, y) of the level was not scanned.
+
+        As much is read around it as decides on its pixels, so that blocks agree.
+        """
+        import cv2
+
+        side = round(self._gap_px_l0 / self._level_downsample) | 1  # odd, so that it has a middle
+        height, width = block.shape[:2]
+        full_width, full_height = self.slide.level_dimensions[self.level]
+        left, top = max(0, x - side + 1), max(0, y - side + 1)
+        around = self._read_level(left, top, min(full_width, x + width + side - 1),
+                                  min(full_height, y + height + side - 1))
+        gaps = cv2.morphologyEx(is_black(around).astype(np.uint8), cv2.MORPH_OPEN,
+                                np.ones((side, side), np.uint8))
+        block[gaps[y - top:y - top + height, x - left:x - left + width] > 0] = WHITE
+
+
+def sweep_cache_mb(width_px: int) -> float:
+    """``cache_mb`` of three rows of cells: a picture that is read row by row, from top to bottom,
+    in windows that lie askew to its cells, makes each of them once."""
+    return 3 * CELL_PX * width_px * 3 / 2**20
+
+
+def is_black(rgb: np.ndarray) -> np.ndarray:
+    """(h, w) bool: R, G and B add up to less than ``BLACK_BELOW``."""
     import cv2
 
     total = cv2.transform(rgb, np.ones((1, 3), np.float32))  # up to 255, which is enough
-    black = total < BLACK_BELOW
-    if black.any():
-        rgb[black] = WHITE
+    return np.asarray(total < BLACK_BELOW)

@@ -2,8 +2,8 @@
 
 A tiled pyramidal TIFF of the packed tissue with its pixel size, ``<slide>_tissue.png`` (where the
 tissue is, a cell a pixel) and ``<slide>.json`` (``ImageRecord``), which is written last: an image
-is done when its record is there, was made with the parameters asked for, and the TIFF has the size
-it says. Spec streaming.md 9 and 15.
+is done when it opens, its files are of one making and its record has the parameters asked for.
+Spec streaming.md 9 and 15.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import BrokenFile, SlideError
+from utils.errors import BrokenFile, ItemFailed, SlideError
 from utils.faults import fault_point
 from utils.storage import safe_id, write_image
 from wsi_core.image_layout import Packing, image_frame, pack_tissue
@@ -24,6 +24,7 @@ from wsi_core.image_record import read_record as read_record
 from wsi_core.image_record import write_record
 from wsi_core.packing import PackedSlide, SlidePicture, image_parameters, record_of
 from wsi_core.pyramid_writer import image_levels, write_tiled_pyramid
+from wsi_core.scaled_slide import sweep_cache_mb
 from wsi_core.slide import WHITE, Slide, open_slide, stamp
 from wsi_core.tissue import Tissue
 
@@ -53,12 +54,12 @@ class ImagePlan:
                 **({"mpp_from_objective": True} if mpp_from_objective else {})}
 
     def found(self, slide_id: str) -> ImageRecord | None:
-        """The record of the finished image that is there, None when there is none."""
+        """The record of the finished image that is there, None when there is none that opens."""
         try:
-            record = read_record(record_path(self.folder, slide_id))
-        except BrokenFile:
+            with open_image(self.folder, slide_id) as image:
+                return image.record
+        except (ItemFailed, OSError):
             return None
-        return record if image_there(self.folder, record) else None
 
     def layout(self, slide: Slide, tissue: Tissue, slide_mpp: Pair) -> Packing | None:
         """Where the tissue goes, None when there is none. Raises ItemFailed: slide too coarse."""
@@ -84,7 +85,8 @@ class ImagePlan:
             return None
         record = record_of(slide, slide_id, slide_mpp, frame, packing, parameters)
         target = image_path(self.folder, slide_id)
-        packed = PackedSlide(slide, record, packing.tissue_map)
+        packed = PackedSlide(slide, record, packing.tissue_map,
+                             cache_mb=max(128, sweep_cache_mb(record.size_px[0])))
         write_tiled_pyramid(target, image_levels(record.size_px, packed.read, mpp_um=record.mpp_um),
                             quality=self.quality, description=f"MILwright slide image {slide_id}")
         fault_point(f"slide_images.map.{slide_id}")

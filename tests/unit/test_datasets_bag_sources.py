@@ -51,9 +51,9 @@ def test_features_have_no_source_of_pixels() -> None:
                         model_type="it", material="features") is None
 
 
-def source(kind: type, material: Material, **given: Any) -> PixelSource:
+def source(kind: type, material: Material, *, whole: bool = False, **given: Any) -> PixelSource:
     found = pixel_source(flags_of(kind, **given), model_type="it", material=material,
-                         trained={"image_size": 512})
+                         trained={"image_size": 512, "whole_images": whole})
     assert found is not None
     return found
 
@@ -71,3 +71,11 @@ def test_evaluation_sees_images_as_training_did_unless_told_otherwise() -> None:
     assert place["image_size"] == 512
     place = source(PixelSourceOptions, "images", slide_images=Path("i"), image_size=64).place
     assert place["image_size"] == 64
+
+
+def test_a_model_judged_on_whole_images_is_evaluated_on_them() -> None:
+    """Else eval.py would find other figures than main.py on the same slides."""
+    for whole, size, expected in ((True, None, True), (False, None, False), (True, 64, False)):
+        place = source(PixelSourceOptions, "images", whole=whole, slide_images=Path("i"),
+                       image_size=size).place
+        assert place["whole_images"] is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -315,6 +316,11 @@ def test_images_that_are_missing_or_of_another_slide(
     (tmp_path / "s.json").write_text(text.replace("3500", "3400"))
     with pytest.raises(ItemFailed, match="one of a slide of 3400 x 2700 px, .* has 3500 x 2700"):
         maps(slide_images=tmp_path)
+    found = json.loads(text)
+    found["slide"]["slide_bytes"] += 1
+    (tmp_path / "s.json").write_text(json.dumps(found))
+    with pytest.raises(ItemFailed, match="one of a slide of .* bytes, .* has .*: make it again"):
+        maps(slide_images=tmp_path)
 
 
 # ---------------------------------------------------------------------------- what is asked for
@@ -329,7 +335,6 @@ def test_the_source() -> None:
 
 @pytest.mark.parametrize(("asked", "trained", "expected"), [
     ({"image_mpp": 2.0}, {"mpp_um": [4.0]}, 2.0), ({}, {"mpp_um": [4.0]}, 4.0),
-    ({}, {"mpp_um": [1.2], "parameters": [{"image_mpp": 1.25}]}, 1.25),  # facts have two digits
     ({"slide_images": Path("x")}, {"mpp_um": [4.0]}, None), ({}, {}, "nothing known"),
     ({}, {"mpp_um": [1.0, 4.0]}, "1.0 and 4.0")])
 def test_the_scale_of_slides_that_are_read_themselves(

@@ -15,11 +15,11 @@ from datasets import image_bags
 from datasets.image_augment import HeldImage, ImageView
 from datasets.image_bags import ImageBags
 from datasets.image_options import ImageAugmentOptions
-from datasets.image_store import ImageStore
+from datasets.image_store import ImageStore, StoredImage
 from datasets.table import SlideTable
 from tests.slide_images import noise_image, store_image
 from utils.contracts import Bag, SlideImage
-from utils.errors import Refused
+from utils.errors import ItemFailed, Refused
 from utils.options import pick
 from utils.seeding import turns_of
 
@@ -134,6 +134,23 @@ def test_slides_drawn_several_times_differ_and_two_processes_see_what_one_would(
         places = range(rank, 6, 2)
         theirs = epoch(both.training(SIZES), order=order, places=places)
         assert all(same(theirs, [one[place] for place in places]))
+
+
+def test_a_reading_that_fails_takes_its_turn_with_it(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slide's later turns in the epoch are what they would have been."""
+    bags = bags_of(folder, 160, **EVERYTHING).training(SIZES)
+    expected = epoch(bags, order=(1, 1))[1]
+    bags.begin_epoch(seed=1, epoch=0, turns={1: [0, 1]})
+
+    def gone(slide_id: str) -> StoredImage:
+        raise ItemFailed("b: gone for a moment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bags.store, "open_image", gone)
+        with pytest.raises(ItemFailed):
+            bags[1]
+    assert np.array_equal(pixels(bags[1]), expected)
 
 
 @pytest.mark.parametrize("size", [0, 160])

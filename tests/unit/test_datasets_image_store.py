@@ -72,6 +72,7 @@ def test_missing_images_are_refused_or_left_out(folder: Path) -> None:
         store.check(["b", "a", "-1"])
     found = store.check(["b", "a"], allow_missing=True)
     assert found.usable == ("a",) and found.missing == ("b",)
+    assert found.left_out() == {"b": "no image (--allow_missing)"}
     assert "1 slides without an image are left out: 'b'" in found.notes[0]
     with pytest.raises(Refused, match="no slide has a usable image in .*: all are missing"):
         store.check(["b"], allow_missing=True)
@@ -81,10 +82,19 @@ def test_images_of_different_scales_are_refused(folder: Path) -> None:
     store = ImageStore.open(slide_images=folder)
     store_image(folder, "near", noise_image(), mpp_um=1.03, quality=80)
     assert any("made in 2 ways" in note for note in store.check(["a", "near"]).notes)
-    assert store.facts()["mpp_um"] == [1.0]
+    assert store.facts()["mpp_um"] == [1.0, 1.03]
     store_image(folder, "far", noise_image(), mpp_um=1.2)
     with pytest.raises(Refused, match="different scales: a has 1 um per px, far 1.2: make them"):
         store.check(["a", "far"])
+
+
+def test_the_scale_is_that_asked_for(folder: Path) -> None:
+    """A level within 1 % of it is taken as it is: 0.994 um are no other images than 1.003."""
+    store = ImageStore.open(slide_images=folder)
+    for name, mpp_um in (("fine", 0.994), ("coarse", 1.003)):
+        store_image(folder, name, noise_image(), mpp_um=mpp_um, image_mpp=1.0)
+        store.check([name])
+        assert store.facts()["mpp_um"] == [1.0]
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -187,10 +197,28 @@ def test_slides_that_cannot_be_packed_are_listed(slides: Path) -> None:
     found = direct(slides).check(["s", "unknown", "damaged"])
     assert found.usable == ("s",) and set(found.failures) == {"unknown", "damaged"}
     assert "pixel size unknown" in found.failures["unknown"]
+    assert "create_patches_fp.py --slide_images, which can be told" in found.failures["unknown"]
     with pytest.raises(Refused, match="no slide has a usable image .*too coarse"):
         direct(slides, image_mpp=0.2).check(["s"])
     with pytest.raises(Refused, match="'x'; there is no .*x.tif: copy it there"):
         direct(slides).check(["s", "x"])
+
+
+def test_slides_and_images_replaced_after_their_layout_was_read(
+        folder: Path, slides: Path, tmp_path: Path) -> None:
+    """Else the pieces of one would be cut at the places of the other."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    path = mine / "s.tif"
+    path.write_bytes((slides / "s.tif").read_bytes())
+    image = direct(mine).open_image("s")
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ItemFailed, match=r"s\.tif: was replaced while it was used"):
+        image.read(0, 0, 9, 9)
+    image = ImageStore.open(slide_images=folder).open_image("a")
+    store_image(folder, "a", noise_image(400, 300))
+    with pytest.raises(ItemFailed, match="^a: its image in .* was made anew while it was used"):
+        image.read(0, 0, 9, 9)
 
 
 def test_a_slide_without_tissue_fails_when_it_is_opened(slides: Path) -> None:

@@ -152,6 +152,16 @@ def test_two_columns_of_any_name_are_slide_and_label(tmp_path: Path) -> None:
     assert ours.slide_ids == ("a", "b") and not any("taken" in note for note in ours.notes)
 
 
+@pytest.mark.parametrize(("first", "options"), [
+    ("a,tumor", {}), ("a,cyst", {"ignore": ("cyst",)}),
+    ("a,2.5", {"task_type": "regression", "label_cols": ("size",), "label_dict": {}}),
+    ("a,[0;1]", {"task_type": "multilabel", "label_cols": ("x", "y"), "label_dict": {}})])
+def test_a_table_without_a_header_loses_no_slide(tmp_path: Path, first: str,
+                                                 options: dict[str, object]) -> None:
+    with pytest.raises(Refused, match=r"has no header: its first line, a and .*slide_id,label"):
+        load_table(task_of(tmp_path, f"{first}\nb,normal\n", **options))
+
+
 @pytest.mark.parametrize(("text", "label_col", "message"), [
     ("image,grade,site\na,normal,x\n", "label", "no column 'slide_id'"),
     ("case_id,slide_id\np,a\n", "label", "no column 'label'"),

@@ -98,6 +98,8 @@ def test_windows(function: Callable[[Tensor], Tensor], rows: Axis, columns: Axis
     (lambda x: F.pad(x, (-1, 0)), "by less than nothing"),
     (lambda x: F.pad(x, (1, 2, 1, 1), "replicate"), "unequal padding"),
     (lambda x: F.pad(x, (0, -x.shape[3] % 7)), "depends on the size of the image"),
+    (lambda x: x / x.shape[2] ** 0.5, "depends on the size of the image"),
+    (lambda x: x.clamp(max=1e-3 * x.shape[3]), "depends on the size of the image"),
     (lambda x: F.pad(x, (0, 1)) if x.shape[3] % 2 else x, "depends on the size of the image"),
     (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], "max_pool2d_with_indices"),
     (lambda x: F.conv2d(x[:1], x.permute(1, 0, 2, 3)), "picks|depend on the image"),

@@ -20,6 +20,7 @@ from models.locality import Step, compose, make_steps
 from models.shared_masks import image_masks
 from models.stream_tiles import plan_tiles
 from models.streaming import stream
+from models.tile_reading import TileReader
 from utils.errors import ItemFailed
 
 CPU = torch.device("cpu")
@@ -225,6 +226,19 @@ def test_gradients_add_up_and_leave_once() -> None:
         for name, one in step.module.named_parameters():
             torch.testing.assert_close(sums[f"{step.name}.{name}"],
                                        once[f"{step.name}.{name}"] + one.grad)
+
+
+def test_two_graphs_of_one_network_go_back_together() -> None:
+    """Small images may be held, large ones streamed; the statistics that both have saved stay."""
+    steps, image = build(resnet()), picture(160, 160)
+
+    def twice(one: Run, other: Run) -> Run:
+        return lambda steps, image: one(steps, image) + 2 * other(steps, image)
+
+    streamed = tiled((128, 128))
+    theirs = learn(steps, image, twice(ordinary, ordinary))
+    for pair in ((ordinary, streamed), (streamed, ordinary), (streamed, streamed)):
+        assert worst(learn(steps, image, twice(*pair)), theirs) <= 1e-10
 
 
 def test_under_data_parallel_training(tmp_path: Path) -> None:
@@ -560,6 +574,19 @@ def test_glass_of_an_image_is_computed_once_and_read_once() -> None:
     assert not torch.equal(results[1]["map"], torch.zeros_like(results[1]["map"]))
 
 
+def test_of_a_view_only_its_own_pixels_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pinned view would have all rows of the image, and no copy of it would be pinned."""
+    pinned: list[bool] = []
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: False)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: pinned.append(x.is_contiguous()) or x)
+    steps, photo = build(resnet()), Photo(300, 260)
+    monkeypatch.setattr(photo, "read", lambda window: photo.pixels[window])
+    reader = TileReader(source=photo, plan=plan_tiles(steps, photo.size, (128, 128)),
+                        device=torch.device("cuda"))
+    assert len(list(reader.tiles([0, 1], look=False))) == 2
+    assert pinned == [True, True]
+
+
 @pytest.mark.parametrize("broken", [0, 3, 25])
 def test_what_a_reader_raises_comes_out(broken: int) -> None:
     steps = build(resnet())
@@ -635,6 +662,13 @@ def test_no_second_derivatives() -> None:
     (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_statistics_of_a_tile_are_an_error() -> None:
+    steps, image = build(resnet()), picture(160, 160)
+    steps[2].module.train()
+    with pytest.raises(ValueError, match="step b has a batch norm in training mode"):
+        tiled((128, 128))(steps, image)
 
 
 def test_a_plan_for_something_else_is_an_error() -> None:

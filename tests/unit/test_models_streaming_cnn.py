@@ -28,6 +28,7 @@ from tests.streaming import TensorImage, image_bag
 from utils.contracts import Bag, SlideOutput
 from utils.devices import autocast
 from utils.errors import ItemFailed, Refused
+from utils.optimisation import MeanModel
 
 HEADS = ("max", "mean", "gated_attention")
 # in several tiles, each group of steps in tiles of its own where "all" maps are held
@@ -485,6 +486,73 @@ def test_copies_are_models_of_their_own() -> None:
     model.load_state_dict(twin.state_dict())
     with torch.no_grad():
         assert torch.equal(model(bag).logits, twin(bag).logits)
+
+
+@pytest.mark.parametrize("options", [
+    {"cut": "layer2", **TILES}, {"train_part": "last_stage", **TILES}, {"train_part": "head"}])
+def test_a_mean_of_weights_runs_its_own_modules(options: dict[str, Any]) -> None:
+    """What is held, frozen or planned is kept in plain lists, which are copied as well; plans of
+    evaluation serve it too."""
+    model, bag = streaming(**options), image_bag(0, size_px=(150, 99))
+    with torch.inference_mode():
+        model.eval()(bag)
+    mean = MeanModel(model)
+    gradients(model.train(), loss_of(model, bag))
+    with torch.no_grad():
+        before = mean.model.eval()(bag).logits
+        for one in model.parameters():
+            one.mul_(1.1)
+        assert torch.equal(mean.model(bag).logits, before)
+        mean.update(1.0)
+        assert torch.equal(mean.model(bag).logits, model.eval()(bag).logits)
+        assert not torch.allclose(mean.model(bag).logits, before)
+
+
+def test_plans_and_memory_are_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may have been tried on a CPU before it is moved."""
+    asked: list[str] = []
+
+    def free(device: torch.device) -> int:
+        asked.append(device.type)
+        return 10**9
+
+    monkeypatch.setattr(streaming_cnn, "free_memory", free)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    model = streaming()
+    for device in ("cpu", "meta", "meta"):
+        model.to(device)._groups((100, 90), "a slide", 0)
+        model._groups((90, 100), "a slide", 0)
+    assert asked == ["cpu", "meta"]
+    assert len(model._plans) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_a_cpu_gives() -> None:
+    """Weights, also of glass, and the image; moved after its first image, as plans are."""
+    model, found = streaming(**TILES), list[dict[str, torch.Tensor]]()
+    glass, noise = (image_bag(0, size_px=(300, 260), margin_px=px).image for px in (90, 0))
+    assert glass is not None and noise is not None
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        image = torch.zeros(1, 3, 260, 300, dtype=torch.float64)
+
+        def add(window: tuple[slice, slice], gradient: torch.Tensor,
+                image: torch.Tensor = image) -> None:
+            image[(..., *window)] += gradient.cpu()
+
+        of_weights = gradients(model, model.map_of(glass).square().sum())
+        model.map_of(noise, gradient_sink=add).square().sum().backward()
+        found.append({name: one.cpu() for name, one in of_weights.items()} | {"image": image})
+    same(found[1], found[0], tolerance=1e-9)
+
+
+def test_maps_in_half_precision_are_seen_as_what_they_are() -> None:
+    """A layer scale in float32 makes sums in float32."""
+    for network, expected in (("test_resnet", 2), ("test_convnext", 4)):
+        model = streaming(network).float()
+        with autocast("bf16", torch.device("cpu")):
+            assert model._map_value_bytes() == expected
+        assert model._map_value_bytes() == 4
 
 
 def test_it_can_be_described_without_memory() -> None:

@@ -51,6 +51,15 @@ def test_buffers_are_set_back_also_after_an_error() -> None:
     torch.testing.assert_close(dict(norm.state_dict()), before, rtol=0, atol=0)
 
 
+def test_buffers_that_stay_are_not_written_to() -> None:
+    """A graph that has saved them would be of no use."""
+    norm = nn.BatchNorm1d(3).eval()
+    found = norm(torch.randn(8, 3)).sum()
+    with kept_buffers(norm):
+        norm(torch.randn(8, 3))
+    found.backward()
+
+
 def test_weights_keep_what_happened_to_them() -> None:
     norm = nn.BatchNorm1d(3)
     with kept_buffers(norm), torch.no_grad():

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
@@ -26,8 +27,8 @@ from wsi_core.image_layout import (
 )
 from wsi_core.packing import PackedSlide, open_packed
 from wsi_core.presets import PatchingParameters
-from wsi_core.scaled_slide import ScaledSlide
-from wsi_core.slide import open_slide
+from wsi_core.scaled_slide import ScaledSlide, sweep_cache_mb
+from wsi_core.slide import Slide, open_slide
 from wsi_core.tissue import Tissue
 
 SMALL = PatchingParameters(a_t=0.05, a_h=0.05)
@@ -236,6 +237,27 @@ def test_black_gaps_become_white(picture: Path) -> None:
         assert (image[y, x] == 255).all()
 
 
+@pytest.mark.parametrize("image_mpp", [0.5, 0.9])
+def test_dark_nuclei_stay_dark(tmp_path: Path, image_mpp: float) -> None:
+    """The published rule takes every black pixel for a gap, and puts white dots into stained
+    tissue (shared slide cmu_1_small_region.svs); a gap is black all over, also across cells."""
+    image = np.full((1200, 1200, 3), 243, np.uint8)
+    image[100:1100, 100:1100] = (120, 60, 110)
+    for x in range(150, 1050, 60):
+        for y in range(150, 1050, 60):
+            cv2.circle(image, (x, y), 8, (4, 4, 4), -1)  # 8 um wide
+    image[480:560, 400:700] = 2  # 40 x 150 um, over the corner of four cells
+    path = tmp_path / "n.png"
+    cv2.imwrite(str(path), image[:, :, ::-1])
+    image[480:560, 400:700] = 255
+    with opened(path, image_mpp) as packed:
+        width, height = packed.record.frame_px  # all of the slide, in one piece
+        assert packed.boxes[0][:4] == (0, 0, width, height)
+        found = packed.read(0, 0, width, height).astype(int)
+    expected = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    assert np.abs(found - expected).mean() < (0.01 if image_mpp == 0.5 else 2)
+
+
 def test_points_go_back_to_the_slide(picture: Path) -> None:
     with opened(picture, 0.5) as packed:
         image, slide = packed.read(0, 0, *packed.size_px), cv2.imread(str(picture))[:, :, ::-1]
@@ -309,6 +331,25 @@ def test_a_slide_without_a_pyramid_is_read_in_blocks(tmp_path: Path) -> None:
         found = scaled.read(0, 0, 200, 150)
     assert np.abs(found.astype(int) - cv2.resize(
         image, (200, 150), interpolation=cv2.INTER_AREA)).max() <= 1
+
+
+def test_a_wide_picture_is_read_row_by_row_without_reading_twice() -> None:
+    """Windows of 256 px, 100 px askew to the cells, of a slide of 90,000 px without pixels."""
+    class Blank:
+        level_dimensions, level_downsamples = ((90_000, 1200),), ((1.0, 1.0),)
+
+        def read_region(self, location_l0: tuple[int, int], level: int, size: tuple[int, int],
+                        **_: object) -> np.ndarray:
+            asked.append(location_l0)
+            return np.zeros((size[1], size[0], 3), np.uint8)
+
+    for cache_mb in (sweep_cache_mb(90_000), 128):
+        asked: list[tuple[int, int]] = []
+        scaled = ScaledSlide(cast(Slide, Blank()), (90_000, 1200), cache_mb=cache_mb)
+        for y in range(100, 1200, 256):
+            for x in range(100, 90_000, 256):
+                scaled.read(x, y, 256, 256)
+        assert (len(asked) == len(set(asked))) == (cache_mb != 128)
 
 
 # ---------------------------------------------------------------------------- without preparation

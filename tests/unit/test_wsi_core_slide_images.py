@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,16 @@ def test_an_image_counts_when_its_record_and_files_are_there(plan: ImagePlan, sl
         open_image(plan.folder, "a")
 
 
+@pytest.mark.parametrize("path", [image_path, map_path])
+def test_an_image_that_does_not_open_is_not_done(
+        path: Callable[[Path, str], Path], plan: ImagePlan, slide_path: Path) -> None:
+    """As a power cut may leave it: the size is right, the content gone."""
+    make(plan, slide_path)
+    file = path(plan.folder, "a")
+    file.write_bytes(bytes(file.stat().st_size))
+    assert plan.found("a") is None
+
+
 def test_no_tissue_leaves_nothing_not_even_what_was_there(plan: ImagePlan, slide_path: Path
                                                           ) -> None:
     make(plan, slide_path)
@@ -137,7 +149,11 @@ def test_names_stay_in_the_folder(plan: ImagePlan, slide_path: Path) -> None:
 @pytest.mark.parametrize(("change", "match"), [
     ({"schema": 9}, "schema 9"), ({"boxes": [[0, 0, 5]]}, "no record"),
     ({"boxes": [[0, 0, 10**6, 8, 0, 0, 1, 1]]}, "make no sense"), ({"size_px": [0, 8]}, "of 0"),
-    ({"mpp_um": -1}, "of 0"), ({"mpp_um": "x"}, "no record"), ({"boxes": 3}, "no record"),
+    ({"mpp_um": -1}, "of 0"), ({"mpp_um": math.nan}, "of 0"), ({"boxes": []}, "no piece"),
+    ({"size_px": [math.inf, 8]}, "no record"),
+    ({"boxes": [[0, 0, 8, 8, 0, math.nan, 1, 1]]}, "of the slide"),
+    ({"boxes": [[0, 0, 8, 8, 0, 0, 0, 1]]}, "of the slide"),
+    ({"mpp_um": "x"}, "no record"), ({"boxes": 3}, "no record"),
     ({"slide_mpp_um": [1]}, "no record")])
 def test_records_that_cannot_be_true(change: dict[str, Any], match: str, plan: ImagePlan,
                                      slide_path: Path) -> None:
