@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with process_group(device) as group:
         job = Job(folder=folder, cohort=cohort, spec=spec, fit=fit, start=start, where=Environment(
             device=device, group=group, threads=max(1, threads), log_data=options.log_data,
-            log_dir=options.log_dir, progress=options.fold_workers == 1),
+            log_dir=options.log_dir, side_by_side=options.fold_workers),
             balanced=options.class_weights == "balanced", child_levels=options.child_levels,
             print_info=options.print_info)
         states = plan_folds(job, folds, overwrite=options.overwrite)

@@ -134,8 +134,7 @@ class SlideFiles(ABC):
         path, parameters = self.file("_mask.json"), self.tissue_parameters
         if self.record.is_fresh(path.name, parameters):
             return read_tissue(path).tissue
-        tissue = segment_tissue(self.slide, self.item.segmentation,
-                                seg_level=parameters["seg_level"])
+        tissue = self.find_tissue(parameters["seg_level"])
 
         def write() -> Path:
             write_geojson(path, tissue_features(tissue, slide_id=self.item.slide_id),
@@ -144,6 +143,10 @@ class SlideFiles(ABC):
 
         self.make(path.name, parameters, write)
         return tissue
+
+    def find_tissue(self, seg_level: int) -> Tissue:
+        """Outlines by the segmentation of the list, at a level of the slide."""
+        return segment_tissue(self.slide, self.item.segmentation, seg_level=seg_level)
 
     # ------------------------------------------------------------------------ maps
 

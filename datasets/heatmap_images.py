@@ -40,12 +40,14 @@ from wsi_core.image_record import ImageRecord, read_record
 from wsi_core.packing import SlidePicture
 from wsi_core.slide import WHITE, Slide, fingerprint
 from wsi_core.slide_images import open_image, record_path
+from wsi_core.tissue import Tissue
 
 if TYPE_CHECKING:
     import torch
 
 Source = Literal["attention", "gradient"]
 Window = tuple[slice, slice]  # rows, columns of an image
+_MAKE_AGAIN = "make it again with create_patches_fp.py --slide_images --no_auto_skip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +155,11 @@ class ImageMaps(SlideFiles):
         if record.slide_size != size:
             raise ItemFailed(f"{item.slide_id}: its image in {folder} is one of a slide of "
                              f"{record.slide_size[0]} x {record.slide_size[1]} px, "
-                             f"{item.slide_path} has {size[0]} x {size[1]}: make it again")
+                             f"{item.slide_path} has {size[0]} x {size[1]}: {_MAKE_AGAIN}")
         n_bytes = fingerprint(item.slide_path)["slide_bytes"]
         if (known := record.slide.get("slide_bytes")) != n_bytes:
             raise ItemFailed(f"{item.slide_id}: its image in {folder} is one of a slide of {known} "
-                             f"bytes, {item.slide_path} has {n_bytes}: make it again")
+                             f"bytes, {item.slide_path} has {n_bytes}: {_MAKE_AGAIN}")
         return record
 
     def _frame(self, record: ImageRecord | None) -> Frame:
@@ -176,6 +178,18 @@ class ImageMaps(SlideFiles):
         assert self.tools.mpp_um is not None
         return open_direct(self.item.slide_path, image_mpp=self.tools.mpp_um,
                            mpp_um=self.item.mpp_um)
+
+    def find_tissue(self, seg_level: int) -> Tissue:
+        """As for any slide; where these settings find none, the pieces of its image."""
+        found = super().find_tissue(seg_level)
+        if found or self._prepared is None:
+            return found
+        outlines = []
+        for box in self._prepared.boxes:
+            right, bottom = box.x_l0 + box.width_l0, box.y_l0 + box.height_l0
+            outlines.append(np.rint([(box.x_l0, box.y_l0), (right, box.y_l0), (right, bottom),
+                                     (box.x_l0, bottom)]).astype(np.int32))
+        return Tissue(contours=outlines, holes=[[] for _ in outlines])
 
     @cached_property
     def _made_of(self) -> dict[str, Any]:

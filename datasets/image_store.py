@@ -249,10 +249,10 @@ class StoredImage:
 def _prepared(folder: Path) -> PreparedImages:
     """``Refused`` unless the folder has images."""
     inner = folder / FOLDER
-    if not any(folder.glob("*.json")):
+    if inner.is_dir() or not any(folder.glob("*.json")):
         hint = f"did you mean {inner}?" if inner.is_dir() else (
             "make them with create_patches_fp.py --slide_images")
-        raise Refused(f"--slide_images: {folder} holds no images of slides (no .json): {hint}")
+        raise Refused(f"--slide_images: {folder} holds no images of slides: {hint}")
     return PreparedImages(root=folder)
 
 
@@ -282,4 +282,4 @@ def _check_scales(seen: dict[str, ImageFacts]) -> None:
     if seen[coarsest].mpp_um > seen[finest].mpp_um * (1 + MPP_TOLERANCE):
         raise Refused(f"the images are of different scales: {finest} has "
                       f"{seen[finest].mpp_um:.4g} um per px, {coarsest} "
-                      f"{seen[coarsest].mpp_um:.4g}: make them all at one --image_mpp")
+                      f"{seen[coarsest].mpp_um:.4g}: make them all anew with one --slide_images")

@@ -42,7 +42,7 @@ class ModelFlags(AbmilxOptions, TransmilOptions, DsmilOptions, HagOptions, E2EOp
                              "streaming_<network>, over whole slide images: resnet34 or any CNN "
                              "of timm with stages")
     embed_dim: int | None = option(None, help="width of the features (default: 1024; that of its "
-                                   "encoder for an e2e model)", low=1)
+                                   "network for an e2e or streaming model)", low=1)
     bag_loss: str | None = option(
         None, choices=LOSS_NAMES, help="slide loss (default: ce, bce, mse or nll_surv by the task)")
     label_smoothing: float = option(0.0, low=0, high=0.99, help="share of the target spread over "

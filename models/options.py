@@ -173,6 +173,8 @@ class PretrainedOptions:
         "model its head")
 
 
+# What changes time and memory and no result, so that an evaluation may have its own
+COSTS_ONLY = ("tile_size", "store_maps", "stream_memory", "skip_constant", "p_batch_size_v")
 MODEL_OPTIONS: dict[str, type] = {
     "abmilx": AbmilxOptions, "transmil": TransmilOptions, "dsmil": DsmilOptions,
     "hag_mil": HagOptions}

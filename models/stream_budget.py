@@ -33,7 +33,7 @@ from models.step_costs import cost_of, measure
 from models.stream_tiles import TilePlan, plan_tiles
 from models.streaming import ImageTiles, stream
 from utils.errors import Refused
-from utils.memory import available_memory_bytes, give_back_freed_memory
+from utils.memory import available_memory_bytes, give_back_freed_memory, sharers
 
 StoreMaps = Literal["auto", "none", "all"]
 Window = tuple[slice, slice]
@@ -66,13 +66,14 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a training step may take on ``device``: a fixed share of what is free now.
 
     Ask before the first image: a process may keep what it has taken once. Processes started
-    together by ``torchrun`` share the memory of a CPU.
+    together by ``torchrun`` share the memory of a CPU, folds that are trained side by side
+    (``utils.memory.share_memory``) that of any device.
     """
     if device.type != "cuda":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return int(_CPU_SHARE * available_memory_bytes() / processes)
+        return int(_CPU_SHARE * available_memory_bytes() / processes / sharers())
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
+    return int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept) / sharers())
 
 
 def graph_bytes(step: Step, size: tuple[int, int], *, bytes_per_value: int = 4) -> int:
@@ -152,9 +153,10 @@ def plan_groups(
             best = work, choices
     if best is None:
         raise Refused(
-            f"an image of {size[1]} x {size[0]} px takes {least / 1e9:,.2f} GB at least"
+            f"an image of {size[1]} x {size[0]} px takes {least / 1e6:,.0f} MB at least"
             f"{f' with tiles of {tile_size} px' if tile_size else ''}, but there are "
-            f"{budget_bytes / 1e9:,.2f} GB (--stream_memory; 0 = most of what is free): more of it,"
+            f"{budget_bytes / 1e6:,.0f} MB (--stream_memory, in GB; eval.py takes it in "
+            "--model_options): more of it,"
             f"{' smaller tiles (--tile_size 0),' if tile_size else ''}"
             f"{' --store_maps auto,' if store_maps != 'auto' else ''} or smaller images")
     return _groups(steps, size, best[1], cost.ordinary_work)

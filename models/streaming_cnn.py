@@ -31,6 +31,7 @@ from models.stream_budget import Group, free_memory, graph_bytes, plan_groups, r
 from models.streaming_heads import PooledHead
 from models.streaming_stages import (
     align_padding,
+    crashes_on_cpu,
     ends,
     freeze_norms,
     map_size,
@@ -116,7 +117,9 @@ class StreamingCNN(nn.Module):
         self.cut, self.tile_size, self.store_maps = cut, tile_size, store_maps
         self.stream_memory, self.skip_constant = stream_memory, skip_constant
         align_padding(encoder)
-        self.encoder = encoder.to(memory_format=torch.channels_last)
+        self._layout = (torch.contiguous_format if crashes_on_cpu(encoder)
+                        else torch.channels_last)
+        self.encoder = encoder.to(memory_format=self._layout)
         self.mil = mil
         self.resting = False
         self._freeze(train_part)
@@ -205,7 +208,7 @@ class StreamingCNN(nn.Module):
         """
         n_frozen = 0 if gradient_sink else self._n_frozen
         learns = torch.is_grad_enabled() and (gradient_sink is not None or not self.resting)
-        tiles = _SlideTiles(image, self.encoder)
+        tiles = _SlideTiles(image, self.encoder, self._layout)
         groups = self._groups(tiles.size, slide_id, n_frozen if learns else None)
         with torch.set_grad_enabled(learns):
             found = run_groups(groups, tiles, skip_constant=self.skip_constant,
@@ -235,11 +238,14 @@ class StreamingCNN(nn.Module):
         beside = self._held_bytes(size, number.itemsize) if held_learns else 0
         while len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
-        self._plans[key] = plan_groups(
-            self._steps, size, budget_bytes=max(0, self._budget_bytes(like.device) - beside),
-            tile_size=self.tile_size, store_maps=self.store_maps, grad=graph,
-            n_frozen=min(n_frozen or 0, len(self._steps)), bytes_per_value=number.itemsize,
-            map_bytes_per_value=self._map_value_bytes(), boundaries=self._boundaries)
+        try:
+            self._plans[key] = plan_groups(
+                self._steps, size, budget_bytes=max(0, self._budget_bytes(like.device) - beside),
+                tile_size=self.tile_size, store_maps=self.store_maps, grad=graph,
+                n_frozen=min(n_frozen or 0, len(self._steps)), bytes_per_value=number.itemsize,
+                map_bytes_per_value=self._map_value_bytes(), boundaries=self._boundaries)
+        except Refused as error:  # of this image alone: smaller ones may do
+            raise ItemFailed(f"{slide_id}: {error}") from None
         return self._plans[key]
 
     def _budget_bytes(self, device: torch.device) -> int:
@@ -281,9 +287,11 @@ class _SlideTiles:
 
     channels = 3
 
-    def __init__(self, image: SlideImage, encoder: PatchNetwork) -> None:
+    def __init__(self, image: SlideImage, encoder: PatchNetwork,
+                 layout: torch.memory_format) -> None:
         self.size = (image.size_px[1], image.size_px[0])
         self._image = image
+        self._layout = layout
         self._like = next(encoder.parameters())
         self._scale, self._shift = (torch.tensor(
             values, dtype=torch.float64).to(self._like) for values in (
@@ -297,11 +305,12 @@ class _SlideTiles:
                                 rows.stop - rows.start)
 
     def prepare(self, raw: Tensor) -> Tensor:
-        """(h, w, 3) uint8 -> (1, 3, h, w), channels last in memory."""
+        """(h, w, 3) uint8 -> (1, 3, h, w), in the network's layout."""
         pixels = raw.to(self._like.device, non_blocking=True).to(self._like.dtype) / 255
         if self._image.colour is not None:
             pixels = change_colour(pixels, self._image.colour)
         # whole rows: three times as fast as pixel by pixel
         scale, shift = (one.repeat(pixels.shape[1]) for one in (self._scale, self._shift))
         rows = torch.addcmul(shift, pixels.flatten(1), scale)
-        return rows.view_as(pixels).permute(2, 0, 1)[None]
+        image = rows.view_as(pixels).permute(2, 0, 1)[None]
+        return image.contiguous(memory_format=self._layout)

@@ -94,6 +94,14 @@ def align_padding(network: nn.Module) -> None:
         setattr(network.get_submodule(parent), last, AlignedConv2d(conv))
 
 
+def crashes_on_cpu(network: nn.Module) -> bool:
+    """Has it a convolution that takes PyTorch (2.15) down with it, in the backward pass on a CPU
+    with channels last: 1 x 1, with a stride, of three channels (RepVGG's first)?"""
+    return any(isinstance(module, nn.Conv2d) and module.in_channels == 3
+               and module.kernel_size == (1, 1) and module.stride != (1, 1)
+               for module in network.modules())
+
+
 def freeze_norms(network: nn.Module) -> None:
     """Batch norms keep their statistics, whatever the mode of the network."""
     for module in network.modules():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.model_names import is_end_to_end, is_streaming, known_name, material_of
-from models.options import options_of, read_model_options
+from models.options import COSTS_ONLY, options_of, read_model_options
 from models.slide_models import SlideModelSpec, build_slide_model
 from utils.contracts import Material
 from utils.errors import BrokenFile, Refused
@@ -44,7 +44,8 @@ class CheckpointOptions:
                                     bare=0.25)
     embed_dim: int | None = option(None, help="width of the features", low=1)
     model_options: Path | None = option(None, help="yaml file with options of the model, for "
-                                        "example its preset", metavar="YAML")
+                                        "example its preset; of a described one those that change "
+                                        "memory alone, stream_memory for example", metavar="YAML")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +253,9 @@ def _described_spec(path: Path, record: Any, class_names: Sequence[str], fold: i
     missing = {"model_type", "embed_dim", "n_classes"} - set(values)
     if missing:
         raise Refused(f"{path}: spec has no {', '.join(sorted(missing))}")
+    asked, was = given.get("options", {}), dict(values.get("options", {}))
+    costs = {name: asked[name] for name in COSTS_ONLY if name in asked and name in was}
+    values["options"] = {**was, **costs}
     wrong = [f"{_FLAG_OF.get(name, name)} is {value}, but the checkpoint was trained with {was}"
              for name, value, was in _both(given, values) if value != was]
     if wrong:

@@ -15,6 +15,7 @@ from utils.devices import Precision
 from utils.distributed import Group
 from utils.errors import ItemFailed
 from utils.folds import FoldFiles, finish_fold, write_record, write_results
+from utils.memory import share_memory
 from utils.metrics import SlideMetrics
 from utils.objectives import Objective, TaskMetrics
 from utils.parallel import Outcome, describe_os_error, run_items
@@ -63,14 +64,15 @@ class Environment:
     """Where folds are trained; what does not decide their result.
 
     threads: CPU threads of a fold; log_data: TensorBoard curves, in the fold's own folder or, by
-    experiment and fold, in ``log_dir``
+    experiment and fold, in ``log_dir``; side_by_side: folds trained at once, which share the
+    memory (and leave no room for a bar of progress)
     """
 
     device: torch.device
     group: Group
     threads: int
     log_data: bool
-    progress: bool
+    side_by_side: int = 1
     log_dir: Path | None = None
 
     def tracker(self, files: FoldFiles) -> Tracker:
@@ -103,6 +105,7 @@ def train_and_test(
     """
     from utils.engine import fit
 
+    share_memory(where.side_by_side)
     tracker = where.tracker(files)
     mean = [files.of_mean] if options.tests_both else []
     try:
@@ -110,7 +113,7 @@ def train_and_test(
                      checkpoint=files.checkpoint, device=where.device, parameters=facts,
                      mean_checkpoint=mean[0].checkpoint if mean else None,
                      train_labels=train_labels, tracker=tracker, group=where.group,
-                     title=f"fold {files.fold}", progress=where.progress)
+                     title=f"fold {files.fold}", progress=where.side_by_side == 1)
         tested = [_test(model, bags, one, where=where, precision=options.precision)
                   for one in (files, *mean)]
         for one in tested:

@@ -14,6 +14,20 @@ _FILES = (("memory.max", "memory.current", "inactive_file"),
           ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
 
+_sharing = 1  # processes like this one on this machine
+
+
+def share_memory(processes: int) -> None:
+    """Say that so many processes do the like of this one side by side."""
+    global _sharing
+    _sharing = max(1, processes)
+
+
+def sharers() -> int:
+    """What ``share_memory`` was told; 1 before."""
+    return _sharing
+
+
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """Memory this process could take now: what the machine, and its containers, have left.
 

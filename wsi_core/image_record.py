@@ -110,7 +110,7 @@ def _problem(record: ImageRecord) -> str:
     """What cannot be true of a record, "" when all can."""
     sizes = (*record.size_px, *record.slide_size, *record.frame_px, record.cell_px)
     if min(sizes) < 1 or not all(0 < um < inf for um in (record.mpp_um, *record.slide_mpp_um)):
-        return "a size or scale of 0, or none"
+        return "a size or scale that cannot be"
     if not record.boxes:
         return "no piece of the slide"
     width, height = record.size_px

@@ -129,7 +129,9 @@ def open_packed(slide_path: Path, *, image_mpp: float, mpp_um: float | None = No
             find_tissue(Overviews(slide), slide_id, parameters, search, slide_mpp=slide_mpp),
             frame, keep_gaps=keep_gaps)
         if packing is None:
-            raise ItemFailed(f"{slide_path}: has no tissue to make an image of")
+            raise ItemFailed(
+                f"{slide_path}: has no tissue to make an image of: leave the slide out, or make "
+                "its image with create_patches_fp.py --slide_images and another --segmenter")
         automatic = automatic_level(slide, -1)
         record = record_of(slide, slide_id, slide_mpp, frame, packing, image_parameters(
             slide_path, image_mpp=image_mpp, keep_gaps=keep_gaps, mpp_override=mpp_um,

@@ -269,6 +269,16 @@ def test_a_planted_square_has_the_highest_score_at_its_place(
     assert (coarse.coords == -1).all()
 
 
+def test_the_pieces_of_the_image_stand_in_for_tissue_that_is_not_found(maps: Open) -> None:
+    """The image may have been made with other settings than those of the heatmap's list."""
+    found = maps()
+    assert len(found.tissue.contours) == 2 and len(found.tissue.contours[0]) > 4
+    blind = maps()
+    blind.item = replace(blind.item, segmentation=replace(HEATMAP_DEFAULTS, a_t=1e6))
+    assert [len(outline) for outline in blind.tissue.contours] == [4, 4]
+    assert blind.coarse is not None
+
+
 @pytest.mark.parametrize("downsample", [1.0, 1.7, 2.0])
 def test_squares_touch_in_every_picture(maps: Open, downsample: float) -> None:
     """Their sides are no whole pixels of the slide; none overlaps its neighbour either."""

@@ -25,6 +25,7 @@ from models.stream_budget import (
 )
 from models.stream_tiles import plan_tiles
 from utils.errors import Refused
+from utils.memory import share_memory
 
 GB = 10**9
 Parts = list[tuple[str, nn.Module]]
@@ -191,12 +192,22 @@ def test_groups_follow_one_another(resnet34: tuple[list[Step], list[int]]) -> No
 
 
 def test_the_memory_that_a_refusal_names_will_do(resnet34: tuple[list[Step], list[int]]) -> None:
-    with pytest.raises(Refused, match=r"4100 x 3000 px takes (\S+) GB at least") as refusal:
+    with pytest.raises(Refused, match=r"4100 x 3000 px takes (\S+) MB at least") as refusal:
         planned(resnet34, (3000, 4100), 0.05)
-    least = float(str(refusal.value).split(" takes ")[1].split()[0])
+    least = float(str(refusal.value).split(" takes ")[1].split()[0].replace(",", "")) / 1000
     assert planned(resnet34, (3000, 4100), least + 0.01)
     with pytest.raises(Refused, match="--stream_memory"):
         planned(resnet34, (3000, 4100), least - 0.01)
+
+
+def test_folds_side_by_side_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.stream_budget.available_memory_bytes", lambda: 2**30)
+    alone = free_memory(torch.device("cpu"))
+    share_memory(2)
+    try:
+        assert free_memory(torch.device("cpu")) == alone // 2
+    finally:
+        share_memory(1)
 
 
 def test_without_held_maps_memory_grows_as_the_last_map_does(

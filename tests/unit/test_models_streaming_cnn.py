@@ -22,7 +22,7 @@ from models.e2e_encoders import build_encoder
 from models.patch_network import PatchNetwork
 from models.shared_masks import image_masks
 from models.slide_models import SlideModelSpec, build_slide_model
-from models.streaming_cnn import StreamingCNN, map_width
+from models.streaming_cnn import StreamingCNN, build_streaming, map_width
 from models.streaming_heads import PooledHead
 from tests.streaming import TensorImage, image_bag
 from utils.contracts import Bag, SlideOutput
@@ -439,7 +439,7 @@ def test_options_choose_the_plan() -> None:
     assert len(plan_of(tile_size=512, store_maps="none")) == 1
     assert plan_of(stream_memory=10.0) == [0]  # ordinary autograd, where there is room
     assert max(plan_of(stream_memory=0.1)) > 1
-    with pytest.raises(Refused, match="1000 x 700 px takes .*--stream_memory"):
+    with pytest.raises(ItemFailed, match="slide: an image of 1000 x 700 px .*--stream_memory"):
         plan_of(stream_memory=0.001)
     cut = sum(plan_of(stream_memory=0.2, cut="layer1"))  # what is after it has to be held
     assert cut > sum(plan_of(stream_memory=0.2))
@@ -570,3 +570,15 @@ def test_equal_seeds_give_equal_models() -> None:
                for name, value in one.state_dict().items())
     assert one.encoder.model.layer1[0].conv1.weight.is_contiguous(  # type: ignore
         memory_format=torch.channels_last)
+
+
+def test_a_network_that_crashes_with_channels_last_is_laid_out_otherwise() -> None:
+    """PyTorch 2.15 dies in the backward pass of RepVGG's first 1 x 1 convolution on a CPU."""
+    name = "repvgg_a0"
+    model = build_streaming(name, SlideModelSpec(
+        model_type=f"streaming_{name}", embed_dim=map_width(name), n_classes=2,
+        options={"tile_size": 256}))
+    for loss in model.losses(image_bag(0, size_px=(300, 280))):
+        loss.value.backward()
+    stem = model.get_parameter("encoder.model.stem.conv_1x1.conv.weight")
+    assert stem.grad is not None and stem.grad.isfinite().all()

@@ -213,6 +213,18 @@ def test_a_survival_model_has_no_classes_to_compare(tmp_path: Path) -> None:
     assert trained.spec == spec
 
 
+def test_what_changes_memory_alone_may_be_other_than_in_training(tmp_path: Path) -> None:
+    spec = spec_of(model_type="streaming_test_resnet", embed_dim=96,
+                   options={"stream_memory": 60.0, "head": "mean"})
+    path = described(tmp_path, spec)
+    trained = load_trained(path, class_names=("a", "b"),
+                           options={"stream_memory": 2.0, "tile_size": 512})
+    assert trained.spec.options["stream_memory"] == 2.0
+    assert (trained.spec.options["tile_size"], trained.spec.options["head"]) == (512, "mean")
+    with pytest.raises(Refused, match="head is max, but the checkpoint was trained with mean"):
+        load_trained(path, class_names=("a", "b"), options={"head": "max"})
+
+
 def test_patches_of_other_sizes_than_in_training_are_told(tmp_path: Path) -> None:
     trained = TrainedModel(
         path=tmp_path / "s_0_checkpoint.pt", spec=spec_of(model_type="e2e_r18_abmil"), state={},

@@ -49,7 +49,7 @@ def test_a_fold_of_survival(tmp_path: Path) -> None:
         ToyModel(objective=COX), {"train": bags[:12], "val": bags[12:18], "test": bags[18:]},
         files=files, options=FitOptions(max_epochs=2, accumulate=4), facts={}, description={},
         where=Environment(device=torch.device("cpu"), group=ALONE, threads=1, log_data=True,
-                          progress=False, log_dir=tmp_path / "logs"))
+                          side_by_side=2, log_dir=tmp_path / "logs"))
     record = read_json(files.record)
     assert record["task_type"] == "survival"
     assert set(record["headline"]["test"]) == {"c_index"}
@@ -75,7 +75,7 @@ def test_weights_and_their_mean_are_both_tested_and_recorded(tmp_path: Path) -> 
         ToyModel(), {"train": bags[:12], "val": bags[12:18], "test": bags[18:]},
         files=files, options=FitOptions(max_epochs=3, lr=0.1, ema=0.9, test_type="both"),
         facts={"encoder": "x"}, description={"spec": {"a": 1}}, where=Environment(
-            device=torch.device("cpu"), group=ALONE, threads=1, log_data=True, progress=False))
+            device=torch.device("cpu"), group=ALONE, threads=1, log_data=True, side_by_side=2))
     record, mean = read_json(files.record), read_json(files.of_mean.record)
     assert files.of_mean.checkpoint.name == "s_0_ema_checkpoint.pt"
     assert set(record["metrics"]) == set(record["headline"]) == {
