@@ -1,13 +1,17 @@
-"""The random numbers of bags that are drawn anew in each epoch of training."""
+"""Bags that are drawn anew in each epoch of training, and their random numbers."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
+from datasets.bags import TableBags
+from datasets.table import SlideTable
 from utils.seeding import derive_seed
 
 
@@ -37,3 +41,31 @@ class EpochDraws:
         turn = left.popleft() if left else 0
         key = int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:8])
         return np.random.default_rng(derive_seed(self._seed, key, 1 + turn))
+
+
+class DrawnBags(TableBags):
+    """Bags that look different in each epoch of training, and always the same in evaluation."""
+
+    def __init__(self, table: SlideTable) -> None:
+        super().__init__(table)
+        self._for_training = False
+        self._random = EpochDraws()
+
+    def subset(self, slide_ids: Iterable[str]) -> Self:
+        """The bags of these slides for evaluation."""
+        return self._part(slide_ids, for_training=False)
+
+    def training(self, slide_ids: Iterable[str]) -> Self:
+        """The bags of these slides for training."""
+        return self._part(slide_ids, for_training=True)
+
+    def _part(self, slide_ids: Iterable[str], *, for_training: bool) -> Self:
+        part = copy.copy(self)
+        part.table, part._for_training = self.table.subset(slide_ids), for_training
+        part._random = EpochDraws()
+        return part
+
+    def begin_epoch(self, *, seed: int, epoch: int, turns: Mapping[int, Sequence[int]]) -> None:
+        """Draw others from here on: those that belong to this epoch and, where a slide comes
+        several times in it, to the turn; see ``utils.seeding.turns_of``."""
+        self._random.begin(self.slide_ids, seed=seed, epoch=epoch, turns=turns)

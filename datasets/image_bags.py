@@ -3,15 +3,13 @@ and another view of each slide in every epoch of training (spec streaming.md 10)
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from datasets.bags import TableBags
-from datasets.epoch_draws import EpochDraws
+from datasets.epoch_draws import DrawnBags
 from datasets.image_augment import Augmentation, ImageView
 from datasets.image_crops import draw_crop, most_tissue
 from datasets.image_options import ImageAugmentOptions
@@ -24,7 +22,7 @@ from utils.memory import available_memory_bytes
 _MEMORY_SHARE = 0.25  # of what is free now, for one augmented image; feeding reads some ahead
 
 
-class ImageBags(TableBags):
+class ImageBags(DrawnBags):
     """Bags of the slides of a table, in its order; ``bag.image`` has the pixels.
 
     Features are (1, 0). For evaluation the image is all of the slide's, or the square of
@@ -41,27 +39,6 @@ class ImageBags(TableBags):
         super().__init__(table)
         self.store, self.pin = store, pin
         self._augmentation = _augmentation(image_augment, augmentation)
-        self._for_training = False
-        self._random = EpochDraws()
-
-    def subset(self, slide_ids: Iterable[str]) -> ImageBags:
-        """The bags of these slides for evaluation: always the same."""
-        return self._part(slide_ids, for_training=False)
-
-    def training(self, slide_ids: Iterable[str]) -> ImageBags:
-        """The bags of these slides for training: drawn and augmented."""
-        return self._part(slide_ids, for_training=True)
-
-    def _part(self, slide_ids: Iterable[str], *, for_training: bool) -> ImageBags:
-        part = copy.copy(self)
-        part.table, part._for_training = self.table.subset(slide_ids), for_training
-        part._random = EpochDraws()
-        return part
-
-    def begin_epoch(self, *, seed: int, epoch: int, turns: Mapping[int, Sequence[int]]) -> None:
-        """Draw other views from here on: those that belong to this epoch and, where a slide comes
-        several times in it, to the turn; see ``utils.seeding.turns_of``."""
-        self._random.begin(self.slide_ids, seed=seed, epoch=epoch, turns=turns)
 
     def verify(self) -> dict[str, str]:
         """Read a little tissue of each slide's image; slide -> reason for the bad ones."""

@@ -3,15 +3,13 @@ of training."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from datasets.bags import TableBags
-from datasets.epoch_draws import EpochDraws
+from datasets.epoch_draws import DrawnBags
 from datasets.patch_sampling import Sampling, draw_rows, scale_shares
 from datasets.patch_store import PatchStore
 from datasets.patch_streams import PatchRows, StreamedPatches
@@ -52,7 +50,7 @@ class Draws:
                               "or make the file with create_patches_fp.py --save_lmdb")
 
 
-class PatchBags(TableBags):
+class PatchBags(DrawnBags):
     """Bags of the slides of a table, in its order, as ``BagDataset`` has them of features.
 
     Features have the width 0; ``bag.patches`` has the pixels, of the low magnification first,
@@ -69,27 +67,6 @@ class PatchBags(TableBags):
         self._draws = Draws(same_psize=same_psize, mul_scale_ratio=mul_scale_ratio,
                             pad_enc_bs=pad_enc_bs, sampling=sampling, num_group_2d=num_group_2d)
         self._draws.check(store)
-        self._for_training = False
-        self._random = EpochDraws()
-
-    def subset(self, slide_ids: Iterable[str]) -> PatchBags:
-        """The bags of these slides for evaluation: all their patches, always the same."""
-        return self._part(slide_ids, for_training=False)
-
-    def training(self, slide_ids: Iterable[str]) -> PatchBags:
-        """The bags of these slides for training: of the low magnification too, and drawn."""
-        return self._part(slide_ids, for_training=True)
-
-    def _part(self, slide_ids: Iterable[str], *, for_training: bool) -> PatchBags:
-        part = copy.copy(self)
-        part.table, part._for_training = self.table.subset(slide_ids), for_training
-        part._random = EpochDraws()
-        return part
-
-    def begin_epoch(self, *, seed: int, epoch: int, turns: Mapping[int, Sequence[int]]) -> None:
-        """Draw other patches from here on: those that belong to this epoch and, where a slide comes
-        several times in it, to the turn; see ``utils.seeding.turns_of``."""
-        self._random.begin(self.slide_ids, seed=seed, epoch=epoch, turns=turns)
 
     def verify(self) -> dict[str, str]:
         """Read one patch of each slide and magnification; slide -> reason for the bad ones."""

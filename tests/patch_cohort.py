@@ -70,14 +70,19 @@ def write_patch_cohort(root: Path, *, slides: int = 12, patches: int = 9) -> Pat
         csv.writer(file).writerows([("case_id", "slide_id", "label", "months", "dead"), *(
             (f"case_{index:02}", name, f"class_{index % 2}", 10 + index + 40 * (index % 2 == 0),
              int(index % 4 != 3)) for index, name in enumerate(names))])
-    (root / "splits" / "cohort_100").mkdir(parents=True)
-    part = slides // 4
+    write_split(root / "splits" / "cohort_100", names)
+    return root
+
+
+def write_split(folder: Path, names: list[str]) -> None:
+    """``splits_0.csv``: the last quarter are test slides, those before validation slides."""
+    folder.mkdir(parents=True)
+    part = len(names) // 4
     columns = (names[:-2 * part], names[-2 * part:-part], names[-part:])
-    with (root / "splits" / "cohort_100" / "splits_0.csv").open("w", newline="") as file:
+    with (folder / "splits_0.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("", "train", "val", "test"), *(
             (row, *(ids[row] if row < len(ids) else "" for ids in columns))
             for row in range(len(columns[0])))])
-    return root
 
 
 def database(root: Path, level: str = HIGH) -> str:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 import create_patches_fp
+from tests.patch_cohort import write_split
 from tests.slides import tissue_image, write_pyramid
 
 SLIDE_MPP_UM, IMAGE_MPP_UM = 0.5, 1.0
@@ -41,11 +42,5 @@ def write_slide_images(root: Path, *, slides: int = 8) -> Path:
         csv.writer(file).writerows([("case_id", "slide_id", "label", "size", "a", "b"), *(
             (f"case_{index:02}", name, f"class_{index % 2}", index / 10, index % 2, index // 4 % 2)
             for index, name in enumerate(names))])
-    (root / "splits" / "cohort_100").mkdir(parents=True)
-    part = slides // 4
-    columns = (names[:-2 * part], names[-2 * part:-part], names[-part:])
-    with (root / "splits" / "cohort_100" / "splits_0.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("", "train", "val", "test"), *(
-            (row, *(ids[row] if row < len(ids) else "" for ids in columns))
-            for row in range(len(columns[0])))])
+    write_split(root / "splits" / "cohort_100", names)
     return root
