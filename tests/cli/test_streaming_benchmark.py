@@ -66,7 +66,7 @@ def test_all_ways_take_the_same_step() -> None:
 @pytest.mark.parametrize(("line", "free_mb", "reason"), [
     (Figure(way="ordinary", size_px=8192), 1000.0, "GB expected, 1.0 GB free"),
     (Figure(way="auto", size_px=64, budget_gb=2.0), 1000.0, "1.0 GB free"),
-    (Figure(way="flat", size_px=8192, budget_gb=0.01), PLENTY_MB, "GB at least")])
+    (Figure(way="flat", size_px=8192, budget_gb=0.01), PLENTY_MB, "MB at least")])
 def test_what_would_not_fit_is_not_tried(line: Figure, free_mb: float, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         train(SETUP, line, free_mb)
