@@ -149,7 +149,8 @@ def test_names_stay_in_the_folder(plan: ImagePlan, slide_path: Path) -> None:
 @pytest.mark.parametrize(("change", "match"), [
     ({"schema": 9}, "schema 9"), ({"boxes": [[0, 0, 5]]}, "no record"),
     ({"boxes": [[0, 0, 10**6, 8, 0, 0, 1, 1]]}, "make no sense"),
-    ({"size_px": [0, 8]}, "that cannot be"), ({"mpp_um": -1}, "that cannot be"), ({"mpp_um": math.nan}, "that cannot be"),
+    ({"size_px": [0, 8]}, "that cannot be"), ({"mpp_um": -1}, "that cannot be"),
+    ({"mpp_um": math.nan}, "that cannot be"),
     ({"boxes": []}, "no piece"),
     ({"size_px": [math.inf, 8]}, "no record"),
     ({"boxes": [[0, 0, 8, 8, 0, math.nan, 1, 1]]}, "of the slide"),
