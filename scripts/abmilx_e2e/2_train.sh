@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/abmilx_e2e/settings.sh
 COMMON=(--csv_path "$LABELS" --label_dict "$LABEL_DICT" --k "$FOLDS" --seed 1 --inner_dim 256
-  --split_dir "$PWD/$OUT/splits/cohort" --results_dir "$OUT/results" --fold_workers 2 --log_data)
+  --splits_root "$OUT/splits" --split_dir cohort --results_dir "$OUT/results" --fold_workers 2 --log_data)
 
 $PYTHON extract_features_fp.py --data_h5_dir "$OUT/patches_$HIGH_MPP" --data_slide_dir "$SLIDES" \
   --slide_ext "$SLIDE_EXT" --csv_path "$OUT/patches_$HIGH_MPP/process_list_autogen.csv" \
